@@ -1,0 +1,209 @@
+"""Settings: the only reader of the environment. `docs/reference/settings.md` is made from this class."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from headwater.errors import SettingsError
+
+
+def _default_data_dir() -> Path:
+    base = os.environ.get("XDG_DATA_HOME") or os.path.join(os.path.expanduser("~"), ".local", "share")
+    return Path(base) / "headwater"
+
+
+class Settings(BaseSettings):
+    """Read once, at a composition root, from the environment and `.env`; frozen afterwards."""
+
+    model_config = SettingsConfigDict(
+        env_file=".env", extra="ignore", frozen=True, populate_by_name=True, env_ignore_empty=True
+    )
+
+    # The model.
+    openai_api_key: SecretStr | None = Field(
+        None,
+        alias="OPENAI_API_KEY",
+        description="Key of the model's API. Without one, the built-in demo model answers.",
+    )
+    openai_base_url: str | None = Field(
+        None,
+        alias="OPENAI_BASE_URL",
+        description="Any OpenAI-compatible API, up to and with `/v1`. Default: OpenAI's own. "
+        "Set without a key, it is called without one (local servers).",
+    )
+    openai_model: str = Field("gpt-4o-mini", alias="OPENAI_MODEL", description="The model's name.")
+    openai_max_tokens: int | None = Field(
+        1000, alias="OPENAI_MAX_TOKENS", gt=0, description="Longest answer, in tokens."
+    )
+    openai_temperature: float | None = Field(
+        0.7, alias="OPENAI_TEMPERATURE", ge=0, le=2, description="Sampling temperature, 0 to 2."
+    )
+
+    # The servers.
+    redis_url: str | None = Field(
+        None, alias="REDIS_URL", description="Redis for the broker and the logs. Unset: `headwater up` starts its own."
+    )
+    database_url: SecretStr | None = Field(
+        None, alias="DATABASE_URL", description="PostgreSQL. Unset: `headwater up` starts its own."
+    )
+
+    # The web server.
+    debug: bool = Field(False, alias="DEBUG", description="Log more.")
+    host: str = Field(
+        "127.0.0.1", alias="HOST", description="Address to bind. Other than loopback needs HEADWATER_ACCESS_TOKEN."
+    )
+    port: int = Field(5000, alias="PORT", ge=0, le=65535, description="Port to bind; 0 takes a free one.")
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        alias="HEADWATER_ALLOWED_HOSTS",
+        description="Host names the server answers to, comma separated, besides loopback names and HOST.",
+    )
+    access_token: SecretStr | None = Field(
+        None,
+        alias="HEADWATER_ACCESS_TOKEN",
+        description="When set, every request needs it: as a bearer token, or by the sign-in page. 16 characters or more.",
+    )
+
+    # Our own.
+    data_dir: Path = Field(
+        default_factory=_default_data_dir,
+        alias="HEADWATER_DATA_DIR",
+        description="Where the journal, the embedded servers' data and the artifacts live. "
+        "Default: `~/.local/share/headwater`.",
+    )
+    journal_path: Path | None = Field(
+        None,
+        alias="HEADWATER_JOURNAL_PATH",
+        description="The journal's file. Default: `journal.db` in the data folder.",
+    )
+    stream_ttl: int = Field(
+        3600, alias="HEADWATER_STREAM_TTL", gt=0, description="Seconds a run's log stays in Redis after its last event."
+    )
+    lease_seconds: float = Field(
+        10.0, alias="HEADWATER_LEASE_SECONDS", ge=1, description="A worker that is silent for so long has lost its run."
+    )
+    queue_grace: float = Field(
+        15.0,
+        alias="HEADWATER_QUEUE_GRACE",
+        gt=0,
+        description="Seconds after which a run nobody claimed is enqueued again.",
+    )
+    max_attempts: int = Field(3, alias="HEADWATER_MAX_ATTEMPTS", ge=1, description="Attempts of a run before it fails.")
+    run_deadline: float = Field(
+        600.0, alias="HEADWATER_RUN_DEADLINE", gt=0, description="Longest time of one chat answer, in seconds."
+    )
+    provider_idle: float = Field(
+        60.0, alias="HEADWATER_PROVIDER_IDLE", gt=0, description="Longest silence of the model's API, in seconds."
+    )
+    provider_retries: int = Field(
+        3,
+        alias="HEADWATER_PROVIDER_RETRIES",
+        ge=0,
+        description="Further tries after 429, 5xx or a failed connection, before the first token.",
+    )
+    flush_ms: float = Field(
+        20.0, alias="HEADWATER_FLUSH_MS", ge=0, description="Tokens of one run are gathered for so many milliseconds."
+    )
+    heartbeat: float = Field(
+        15.0, alias="HEADWATER_HEARTBEAT", gt=0, le=15, description="Seconds between signs of life on a quiet stream."
+    )
+    max_body: int = Field(262_144, alias="HEADWATER_MAX_BODY", gt=0, description="Largest request body, in bytes.")
+    max_message: int = Field(32_000, alias="HEADWATER_MAX_MESSAGE", gt=0, description="Longest message, in characters.")
+    max_history: int = Field(
+        200_000, alias="HEADWATER_MAX_HISTORY", gt=0, description="Characters of earlier messages the model is given."
+    )
+    max_streams: int = Field(
+        200, alias="HEADWATER_MAX_STREAMS", gt=0, description="Open streams per owner and server process."
+    )
+    worker_pool: str = Field("threads", alias="HEADWATER_WORKER_POOL", description="Celery pool: threads or prefork.")
+    worker_concurrency: int = Field(
+        64, alias="HEADWATER_WORKER_CONCURRENCY", gt=0, description="Runs at once per worker."
+    )
+    db_pool_size: int = Field(
+        5, alias="HEADWATER_DB_POOL_SIZE", gt=0, description="PostgreSQL connections per process."
+    )
+    db_wait: float = Field(
+        1.0,
+        alias="HEADWATER_DB_WAIT",
+        gt=0,
+        description="Seconds a request waits for PostgreSQL before going on without.",
+    )
+
+    @field_validator("allowed_hosts", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("worker_pool")
+    @classmethod
+    def _known_pool(cls, value: str) -> str:
+        if value not in {"threads", "prefork", "solo"}:
+            raise ValueError("is one of threads, prefork, solo")
+        return value
+
+    @field_validator("access_token")
+    @classmethod
+    def _long_enough(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and len(value.get_secret_value()) < 16:
+            raise ValueError("needs 16 characters or more; `openssl rand -hex 24` makes one")
+        return value
+
+    @property
+    def journal_file(self) -> Path:
+        return self.journal_path or self.data_dir / "journal.db"
+
+    @property
+    def demo(self) -> bool:
+        """Whether the built-in demo model answers."""
+        return self.openai_api_key is None and self.openai_base_url is None
+
+    @property
+    def loopback(self) -> bool:
+        """Whether HOST can be reached from this machine only."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    def check_exposed(self) -> None:
+        """Refuse to be reachable from other machines without a token. Raises SettingsError."""
+        if not self.loopback and self.access_token is None:
+            raise SettingsError(
+                f"HOST={self.host} can be reached from other machines, and anybody there could read every chat. "
+                "Set HEADWATER_ACCESS_TOKEN (16 characters or more; `openssl rand -hex 24` makes one), "
+                "or bind 127.0.0.1."
+            )
+
+    def need_redis(self) -> str:
+        """REDIS_URL. Raises SettingsError when it is not set."""
+        if not self.redis_url:
+            raise SettingsError(
+                "REDIS_URL is not set. Set it, e.g. redis://127.0.0.1:6379/0, or run `headwater up`, which starts its own."
+            )
+        return self.redis_url
+
+    def need_database(self) -> str:
+        """DATABASE_URL. Raises SettingsError when it is not set."""
+        if self.database_url is None:
+            raise SettingsError(
+                "DATABASE_URL is not set. Set it, e.g. postgresql://user@127.0.0.1:5432/headwater, "
+                "or run `headwater up`, which starts its own."
+            )
+        return self.database_url.get_secret_value()
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Read the environment and `.env`. Raises SettingsError that names the variable."""
+    try:
+        return Settings(**overrides)
+    except ValidationError as error:
+        lines = [f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()]
+        raise SettingsError("The configuration cannot work:\n  " + "\n  ".join(lines)) from None

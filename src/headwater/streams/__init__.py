@@ -1,0 +1,17 @@
+"""The hot log of a run. `connect` chooses the implementation by URL."""
+
+from __future__ import annotations
+
+from headwater.streams.base import StreamLog
+
+
+def connect(url: str, *, ttl: int = 3600, lease_seconds: float = 10.0) -> StreamLog:
+    """`memory://` or `redis://`, `rediss://`, `unix://`. `ttl` in seconds after the last event."""
+    # Imported here, so that the contract does not know its implementations.
+    if url.startswith("memory://"):
+        from headwater.streams.memory import MemoryStreamLog
+
+        return MemoryStreamLog(ttl=ttl, lease_seconds=lease_seconds)
+    from headwater.streams.redis import RedisStreamLog
+
+    return RedisStreamLog(url, ttl=ttl, lease_seconds=lease_seconds)

@@ -1,0 +1,205 @@
+"""StreamLog: the hot log of a run, and Feed: the push that says it grew.
+
+The log is the truth, the feed is a hint. A reader that misses a message of the feed, sees one
+twice or out of order re-reads the log and loses nothing.
+
+Who may write is decided in the log itself, in one atomic step with the write: `claim` hands out a
+lease under a new, higher attempt, and an append of a lower attempt is refused. Time is the
+server's own (Redis `TIME`), never the hosts'.
+
+An append names the seq of its first event. The log takes it only at exactly that place, so an
+append repeated after a lost reply is recognised and counts once, and an append to a log that
+lost its tail is refused with LogLost instead of leaving a hole.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from headwater.events import Event
+from headwater.runs import Lease, Run, RunState
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """What the log knows of its run, without reading an event."""
+
+    run_id: str
+    epoch: str
+    status: RunState
+    attempt: int
+    owner_id: str
+    kind: str
+    chat_id: str | None
+    #: Events in the log.
+    count: int
+    #: A cancel was asked for.
+    cancelled: bool
+    #: Unix milliseconds of the log's own clock.
+    created_at: int
+    updated_at: int
+    #: Milliseconds until the lease runs out; 0 or less when nobody holds the run.
+    lease_left: int
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Events of one read, in order and without a hole."""
+
+    epoch: str
+    events: Sequence[Event]
+    #: Events in the log at the time of the read; the page reached the end when its last seq equals it.
+    count: int
+    #: The log has its terminal event.
+    closed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    """The log's answer to an append."""
+
+    #: Events in the log now.
+    count: int
+    #: A cancel was asked for: stop the pipeline.
+    cancelled: bool
+
+
+class Renewed(StrEnum):
+    """The log's answer to a renewal."""
+
+    #: The lease runs on.
+    HELD = "held"
+    #: The lease runs on, and a cancel was asked for.
+    CANCELLED = "cancelled"
+    #: A newer attempt owns the run, or it has ended.
+    FENCED = "fenced"
+    #: Redis has forgotten the run: write it again with `restore`.
+    LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A run that nobody holds although somebody should: never claimed in time, or its lease ran out."""
+
+    run_id: str
+    #: As given to `open` or `claim`; None when the log has forgotten it.
+    run: Run | None
+    meta: Meta | None
+
+
+class StreamLog(ABC):
+    """Logs of many runs. Every method raises LogUnavailable when the server does not answer in time."""
+
+    @abstractmethod
+    async def open(self, run: Run, grace: float) -> None:
+        """Announce a queued run. Unless somebody claims it, it is `due` after `grace` seconds.
+
+        Harmless when the run is known already, whatever its state.
+        """
+
+    @abstractmethod
+    async def claim(self, run: Run, holder: str) -> Lease:
+        """Take the run under the next attempt: higher than the log's and than `run.attempt`.
+
+        Makes the log, with a new epoch, when there is none. The same holder asking again gets a
+        further attempt. Raises LogClosed when the run has ended, LeaseHeld while somebody holds it.
+        """
+
+    @abstractmethod
+    async def append(self, lease: Lease, events: Sequence[Event]) -> Appended:
+        """Write stamped events of consecutive seqs, publish them and extend lease and TTL, in one atomic step.
+
+        A terminal event closes the log and gives up the lease. Repeating an append that was
+        written already succeeds and writes nothing. Raises Fenced, LogClosed, LogLost.
+        """
+
+    @abstractmethod
+    async def restore(self, lease: Lease, run: Run, events: Sequence[Event]) -> Appended:
+        """Write a log that was lost again, from its first event, under the lease's epoch and attempt.
+
+        Keeps the longer of the two when some of it is still there. Raises Fenced when a higher
+        attempt has the run by now, LogClosed when it has ended.
+        """
+
+    @abstractmethod
+    async def renew(self, leases: Sequence[Lease]) -> list[Renewed]:
+        """Extend many leases in one round trip; one answer per lease, in order."""
+
+    @abstractmethod
+    async def release(self, lease: Lease) -> None:
+        """Hand the run over: it is queued again and may be claimed at once. Harmless when fenced."""
+
+    @abstractmethod
+    async def cancel(self, run_id: str) -> Meta | None:
+        """Ask for a cancel: a durable flag that the holder sees at its next append or renewal.
+
+        Returns what the log knew, None when it knows nothing of the run.
+        """
+
+    @abstractmethod
+    async def metas(self, run_ids: Sequence[str]) -> list[Meta | None]:
+        """Many metas in one round trip; None for a run without a log."""
+
+    async def meta(self, run_id: str) -> Meta | None:
+        return (await self.metas([run_id]))[0]
+
+    @abstractmethod
+    async def read(self, run_id: str, after: int, limit: int) -> Page | None:
+        """At most `limit` events with a seq above `after`, at one moment. None when there is no log."""
+
+    @abstractmethod
+    async def due(self, limit: int) -> list[Due]:
+        """Runs nobody holds although somebody should, longest first."""
+
+    @abstractmethod
+    async def forget(self, run_id: str) -> None:
+        """Remove the log and all about the run, at once."""
+
+    @abstractmethod
+    def feed(self) -> Feed:
+        """A new connection for following logs. The hub of a process has one."""
+
+    @abstractmethod
+    async def ping(self) -> None:
+        """Answer, or raise LogUnavailable."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Give back the connections."""
+
+
+class FeedSink(Protocol):
+    """Who a feed talks to: the hub. Called on the event loop, must not block."""
+
+    def subscribed(self, run_id: str) -> None:
+        """The subscription stands. What was published before may have been missed, also at a repeated call."""
+
+    def published(self, run_id: str, epoch: str, events: Sequence[Event]) -> None:
+        """Events were appended. May repeat, be missing or come late."""
+
+    def lost(self) -> None:
+        """The connection broke; it is made again and every subscription is confirmed anew."""
+
+
+class Feed(ABC):
+    """One upstream connection that follows many runs."""
+
+    @abstractmethod
+    async def start(self, sink: FeedSink) -> None:
+        """Begin to connect. Returns at once also when the server is away; keeps trying."""
+
+    @abstractmethod
+    def follow(self, run_id: str) -> None:
+        """Subscribe; `sink.subscribed` confirms. Never blocks."""
+
+    @abstractmethod
+    def unfollow(self, run_id: str) -> None:
+        """Unsubscribe. Never blocks."""
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """Close the connection."""
