@@ -130,7 +130,7 @@ def done(finish_reason: str = "stop") -> Event:
     return Event(EventType.DONE, {"finish_reason": finish_reason})
 
 
-_CURSOR = re.compile(r"^([0-9a-z]{1,32})-(0|[1-9][0-9]{0,14})$")
+_CURSOR = re.compile(r"([0-9a-z]{1,32})-(0|[1-9][0-9]{0,14})")
 
 
 @dataclass(frozen=True, slots=True, order=False)
@@ -150,7 +150,7 @@ class Cursor:
     @classmethod
     def parse(cls, text: str) -> Cursor:
         """Read `<epoch>-<seq>`. Raises BadCursor."""
-        match = _CURSOR.match(text)
+        match = _CURSOR.fullmatch(text)
         if match is None:
             raise BadCursor(f"The cursor {text[:60]!r} is not of the form <epoch>-<seq>.")
         return cls(match[1], int(match[2]))

@@ -19,4 +19,4 @@ def new_id() -> str:
 
 def is_id(text: str) -> bool:
     """Whether `text` has the canonical form of an id."""
-    return _ID.match(text) is not None
+    return _ID.fullmatch(text) is not None

@@ -82,7 +82,10 @@ class Run:
         return self.attempt * 4 + _RANK.get(self.state, 2)
 
     def started(self, attempt: int, at: int) -> Run:
-        """A worker claimed it: running, under `attempt`. Raises ValueError on an ended run or an attempt that is not higher."""
+        """A worker claimed it: running, under `attempt`.
+
+        Raises ValueError when it has ended or `attempt` is not higher.
+        """
         if self.state.terminal or attempt <= self.attempt:
             raise ValueError(f"run {self.id} is {self.state} at attempt {self.attempt}, cannot start attempt {attempt}")
         return replace(self, state=RunState.RUNNING, attempt=attempt, started_at=self.started_at or at)

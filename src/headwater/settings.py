@@ -14,8 +14,8 @@ from headwater.errors import SettingsError
 
 
 def _default_data_dir() -> Path:
-    base = os.environ.get("XDG_DATA_HOME") or os.path.join(os.path.expanduser("~"), ".local", "share")
-    return Path(base) / "headwater"
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "headwater"
 
 
 class Settings(BaseSettings):
@@ -67,7 +67,7 @@ class Settings(BaseSettings):
     access_token: SecretStr | None = Field(
         None,
         alias="HEADWATER_ACCESS_TOKEN",
-        description="When set, every request needs it: as a bearer token, or by the sign-in page. 16 characters or more.",
+        description="When set, every request needs it: as bearer token or by the sign-in page. At least 16 characters.",
     )
 
     # Our own.
@@ -186,7 +186,8 @@ class Settings(BaseSettings):
         """REDIS_URL. Raises SettingsError when it is not set."""
         if not self.redis_url:
             raise SettingsError(
-                "REDIS_URL is not set. Set it, e.g. redis://127.0.0.1:6379/0, or run `headwater up`, which starts its own."
+                "REDIS_URL is not set. Set it, e.g. redis://127.0.0.1:6379/0, "
+                "or run `headwater up`, which starts its own."
             )
         return self.redis_url
 

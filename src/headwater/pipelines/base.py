@@ -39,8 +39,9 @@ class Pipeline(ABC):
 
     @abstractmethod
     def events(self, run: Run, said: Transcript) -> AsyncIterator[Event]:
-        """Unstamped events, as they come. `said` holds what earlier attempts wrote when the kind continues, else nothing.
+        """Unstamped events, as they come.
 
+        `said` holds what earlier attempts wrote when the kind continues, else nothing.
         Ends by returning, or by yielding `done(...)` as its last event. An exception ends the run
         as failed: a RunFailed by its code, anything else as `internal`. Closing the generator
         must give back what it holds.

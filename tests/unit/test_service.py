@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from headwater import service
+from headwater.service import Service, running
+
+
+class Recorder(Service):
+    def __init__(self, name: str, diary: list[str]) -> None:
+        super().__init__(name)
+        self.diary = diary
+        self.runs = 0
+        self.ran = asyncio.Event()
+
+    async def open(self) -> None:
+        self.diary.append(f"{self.name} opens")
+
+    async def run(self) -> None:
+        self.runs += 1
+        self.ran.set()
+        await asyncio.Event().wait()
+
+    async def close(self) -> None:
+        self.diary.append(f"{self.name} closes")
+
+
+async def test_start_and_stop_are_harmless_the_second_time() -> None:
+    diary: list[str] = []
+    part = Recorder("a", diary)
+    await part.stop()
+    await part.start()
+    await part.start()
+    assert part.started.is_set()
+    await part.stop()
+    await part.stop()
+    assert diary == ["a opens", "a closes"]
+    assert not part.started.is_set()
+
+
+async def test_a_stopped_service_can_start_again() -> None:
+    part = Recorder("a", [])
+    for _ in range(2):
+        await part.start()
+        await part.ran.wait()
+        part.ran.clear()
+        await part.stop()
+    assert part.runs == 2
+
+
+async def test_a_failed_open_fails_the_start_and_stops_what_was_started() -> None:
+    class Broken(Service):
+        async def open(self) -> None:
+            raise RuntimeError("no")
+
+    diary: list[str] = []
+    with pytest.raises(RuntimeError):
+        async with running(Recorder("a", diary), Broken()):
+            diary.append("unreachable")
+    assert diary == ["a opens", "a closes"]
+
+
+async def test_services_stop_in_reverse_order_after_all_drained() -> None:
+    diary: list[str] = []
+
+    class Drained(Recorder):
+        async def drain(self) -> None:
+            await super().drain()
+            self.diary.append(f"{self.name} drains")
+
+    async with running(Drained("a", diary), Drained("b", diary)):
+        pass
+    assert diary == ["a opens", "b opens", "b drains", "a drains", "b closes", "a closes"]
+
+
+async def test_a_run_that_raises_is_logged_and_begins_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(service, "FIRST_BACKOFF", 0.001)
+    again = asyncio.Event()
+
+    class Flaky(Service):
+        runs = 0
+
+        async def run(self) -> None:
+            self.runs += 1
+            if self.runs < 3:
+                raise RuntimeError("once more")
+            again.set()
+
+    part = Flaky()
+    await part.start()
+    await asyncio.wait_for(again.wait(), 10)
+    await part.stop()
+    assert part.runs == 3
+    assert "Flaky failed and is started again" in caplog.text

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from headwater.errors import SettingsError
+from headwater.settings import Settings, load_settings
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No variable of the machine and no `.env` reaches these tests."""
+    for field in Settings.model_fields.values():
+        if field.alias:
+            monkeypatch.delenv(field.alias, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_without_any_variable_the_demo_answers_on_loopback() -> None:
+    settings = load_settings()
+    assert settings.demo
+    assert settings.loopback
+    assert settings.port == 5000
+    settings.check_exposed()
+
+
+@pytest.mark.parametrize("name", ["OPENAI_API_KEY", "OPENAI_BASE_URL"])
+def test_a_key_or_a_base_url_ends_the_demo(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "http://127.0.0.1:9/v1")
+    assert not load_settings().demo
+
+
+def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "")
+    monkeypatch.setenv("PORT", "")
+    assert load_settings().demo
+    assert load_settings().port == 5000
+
+
+def test_a_dotenv_file_is_read_and_the_environment_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("PORT=6000\nOPENAI_MODEL=from-file\nUNKNOWN=1\n")
+    monkeypatch.setenv("PORT", "7000")
+    settings = load_settings()
+    assert (settings.port, settings.openai_model) == (7000, "from-file")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
+def test_another_host_than_loopback_needs_a_token(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    monkeypatch.setenv("HOST", host)
+    with pytest.raises(SettingsError, match="HEADWATER_ACCESS_TOKEN"):
+        load_settings().check_exposed()
+    monkeypatch.setenv("HEADWATER_ACCESS_TOKEN", "0123456789abcdef")
+    load_settings().check_exposed()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_loopback_needs_none(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    monkeypatch.setenv("HOST", host)
+    load_settings().check_exposed()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("PORT", "70000"), ("PORT", "x"), ("OPENAI_TEMPERATURE", "3"), ("HEADWATER_ACCESS_TOKEN", "short")],
+)
+def test_a_bad_value_is_an_error_that_names_the_variable(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=name) as error:
+        load_settings()
+    if name == "HEADWATER_ACCESS_TOKEN":
+        assert value not in str(error.value)
+
+
+def test_secrets_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OPENAI_API_KEY", "HEADWATER_ACCESS_TOKEN", "DATABASE_URL"):
+        monkeypatch.setenv(name, "very-secret-value")
+    assert "very-secret" not in repr(load_settings())
+
+
+def test_what_is_missing_says_what_to_do() -> None:
+    with pytest.raises(SettingsError, match="headwater up"):
+        load_settings().need_redis()
+    with pytest.raises(SettingsError, match="headwater up"):
+        load_settings().need_database()
