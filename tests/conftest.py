@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
+import pytest_asyncio
 
 from headwater.dev.services import Postgres, Redis
+from support.openai_server import OpenAIServer
+from support.stack import Stack, StackMaker
 
 _numbers = itertools.count(1)
 
@@ -58,8 +62,65 @@ def template_database(postgres_server: Postgres) -> str:
 @pytest.fixture
 def database_url(postgres_server: Postgres, template_database: str) -> Iterator[str]:
     """A database of its own, with the schema and no rows."""
-    name = f"test_{next(_numbers)}"
+    name = _copy_database(postgres_server, template_database)
+    yield postgres_server.url(name)
     with psycopg.connect(postgres_server.url("postgres"), autocommit=True) as connection:
-        connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template_database}"'.encode())
-        yield postgres_server.url(name)
         connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)'.encode())
+
+
+def _copy_database(server: Postgres, template: str) -> str:
+    name = f"test_{next(_numbers)}"
+    with psycopg.connect(server.url("postgres"), autocommit=True) as connection:
+        connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"'.encode())
+    return name
+
+
+@pytest_asyncio.fixture(scope="session")
+async def openai_server() -> AsyncIterator[OpenAIServer]:
+    """A scripted model API, shared: a question chooses its scenario by `[[scenario:NAME]]`."""
+    async with OpenAIServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def stack_maker(
+    servers_dir: Path, postgres_server: Postgres, template_database: str, openai_server: OpenAIServer
+) -> StackMaker:
+    return StackMaker(
+        servers_dir / "stacks",
+        postgres_server,
+        lambda: _copy_database(postgres_server, template_database),
+        openai_server.base_url,
+    )
+
+
+@pytest_asyncio.fixture(scope="session")
+async def stack(stack_maker: StackMaker) -> AsyncIterator[Stack]:
+    """One running server and worker for all tests that leave them alive and look only at what they made themselves."""
+    maker = stack_maker.fresh()
+    yield await maker()
+    await maker.stop()
+
+
+@pytest_asyncio.fixture
+async def make_stack(stack_maker: StackMaker) -> AsyncIterator[StackMaker]:
+    """Stacks for one test that may kill their parts: `await make_stack(servers=2, own_postgres=True, settings={…})`.
+
+    Takes Stack's arguments; `openai_url=None` gives the demo model. They run when you get them.
+    """
+    maker = stack_maker.fresh()
+    yield maker
+    await maker.stop()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Any:
+    """A test that failed shows the logs of its stacks."""
+    report = yield
+    if report.failed:
+        values = getattr(item, "funcargs", {}).values()
+        makers = [value for value in values if isinstance(value, StackMaker)]
+        stacks = [value for value in values if isinstance(value, Stack)]
+        for each in [*stacks, *(stack for maker in makers for stack in maker.made)]:
+            report.sections.append((f"logs of {each.folder}", each.tail()))
+    return report

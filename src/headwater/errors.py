@@ -17,6 +17,7 @@
     │   ├── StoreUnavailable     503  PostgreSQL
     │   ├── LogUnavailable       503  Redis
     │   └── JournalUnavailable   507  the local disk
+    ├── RecordRefused            data that PostgreSQL or the journal can never keep
     ├── LogRefused               an append or a claim that must not happen
     │   ├── Fenced               a newer attempt owns the run
     │   ├── LogClosed            the run has ended
@@ -176,6 +177,15 @@ class JournalUnavailable(Unavailable):
     code = "storage_full"
     status = 507
     title = "There is no room to keep the message"
+
+
+class RecordRefused(HeadwaterError):
+    """Data that can never be stored, such as text with a NUL character. The syncer sets such a record aside;
+    repeating the call does not help."""
+
+    code = "record_refused"
+    status = 422
+    title = "This cannot be stored"
 
 
 # --- the log refuses ----------------------------------------------------------------------------

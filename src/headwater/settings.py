@@ -54,7 +54,8 @@ class Settings(BaseSettings):
     )
 
     # The web server.
-    debug: bool = Field(False, alias="DEBUG", description="Log more.")
+    debug: bool = Field(False, alias="DEBUG", description="Log more, and show tracebacks on the command line.")
+    no_color: str | None = Field(None, alias="NO_COLOR", description="When set, the command line uses no colour.")
     host: str = Field(
         "127.0.0.1", alias="HOST", description="Address to bind. Other than loopback needs HEADWATER_ACCESS_TOKEN."
     )
@@ -140,6 +141,12 @@ class Settings(BaseSettings):
     def _split(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
+    @field_validator("data_dir", "journal_path")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        # Child processes and unix sockets need a path that means the same everywhere.
+        return value.expanduser().absolute() if value is not None else None
+
     @field_validator("worker_pool")
     @classmethod
     def _known_pool(cls, value: str) -> str:
@@ -199,6 +206,12 @@ class Settings(BaseSettings):
                 "or run `headwater up`, which starts its own."
             )
         return self.database_url.get_secret_value()
+
+
+def child_environment(**changes: str | None) -> dict[str, str]:
+    """This process's environment with `changes`, for a process it starts. None takes a variable out."""
+    merged: dict[str, str | None] = {**os.environ, **changes}
+    return {name: value for name, value in merged.items() if value is not None}
 
 
 def load_settings(**overrides: Any) -> Settings:

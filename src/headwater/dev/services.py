@@ -17,74 +17,14 @@ import socket
 import stat
 import subprocess
 import tempfile
-import time
 from pathlib import Path
-from typing import Final
 
-from headwater.errors import HeadwaterError
+from headwater.dev.child import STOP_TIMEOUT, Child, ServiceFailed, end_leftover
 
-#: Seconds a server may take to answer after its start.
-START_TIMEOUT: Final = 30.0
-#: Seconds a server may take to stop before it is killed.
-STOP_TIMEOUT: Final = 5.0
+__all__ = ["Postgres", "Redis", "ServiceFailed", "free_port"]
 
 
-class ServiceFailed(HeadwaterError):
-    """An embedded server did not start. The message says which, why, and what to do."""
-
-    code = "service_failed"
-
-
-class _Child:
-    """A server process of ours."""
-
-    def __init__(self, data_dir: Path) -> None:
-        self.data_dir = data_dir
-        self.process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def pid(self) -> int:
-        if self.process is None:
-            raise RuntimeError("not started")
-        return self.process.pid
-
-    @property
-    def log_file(self) -> Path:
-        return self.data_dir.parent / f"{self.data_dir.name}.log"
-
-    def _spawn(self, command: list[str], uid: int | None = None) -> None:
-        with self.log_file.open("ab") as log:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                # A group of its own: Ctrl-C at the terminal reaches the supervisor first, which stops in order.
-                start_new_session=True,
-                **({"user": uid, "group": pwd.getpwuid(uid).pw_gid, "extra_groups": []} if uid is not None else {}),
-            )
-
-    def _failed(self, what: str) -> ServiceFailed:
-        tail = self.log_file.read_text(errors="replace")[-2000:] if self.log_file.exists() else ""
-        return ServiceFailed(f"{what} did not start. Its log, {self.log_file}, ends with:\n{tail}")
-
-    def _stop(self, how: signal.Signals) -> None:
-        process = self.process
-        if process is None:
-            return
-        if process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGCONT)
-                process.send_signal(how)
-            try:
-                process.wait(STOP_TIMEOUT)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        self.process = None
-
-
-class Postgres(_Child):
+class Postgres(Child):
     """PostgreSQL 18 on a unix socket. `url()` is a libpq URL for a database of this server."""
 
     def __init__(self, data_dir: Path, options: dict[str, str] | None = None) -> None:
@@ -98,9 +38,14 @@ class Postgres(_Child):
     def start(self) -> None:
         """Make the cluster if need be, start the server and wait until it answers. Raises ServiceFailed."""
         bin_dir = _postgres_bin()
-        uid = _unprivileged(self.data_dir, bin_dir) if os.geteuid() == 0 else None
+        account = _account() if os.geteuid() == 0 else None
+        uid = account.pw_uid if account else None
+        _private_folder(self._socket_dir, account)
+        if account:
+            _let_through((*self.data_dir.parents, *bin_dir.parents))
+        end_leftover(self.data_dir / "postmaster.pid", "postgres", signal.SIGINT)
         if not (self.data_dir / "PG_VERSION").exists():
-            self._init(bin_dir, uid)
+            self._init(bin_dir, account)
         options = {
             "listen_addresses": "",
             "unix_socket_directories": str(self._socket_dir),
@@ -109,8 +54,10 @@ class Postgres(_Child):
             **self.options,
         }
         arguments = [item for name, value in options.items() for item in ("-c", f"{name}={value}")]
-        self._spawn([str(bin_dir / "postgres"), "-D", str(self.data_dir), *arguments], uid)
-        self._await_ready(bin_dir)
+        # SIGINT is PostgreSQL's fast shutdown: it ends open sessions instead of waiting for them.
+        self._spawn([str(bin_dir / "postgres"), "-D", str(self.data_dir), *arguments], uid, death=signal.SIGINT)
+        probe = [str(bin_dir / "pg_isready"), "-q", "-h", str(self._socket_dir)]
+        self._await(lambda: subprocess.run(probe, check=False).returncode == 0, "PostgreSQL")
 
     def create_database(self, name: str = "headwater") -> None:
         """Make the database unless it exists."""
@@ -120,44 +67,58 @@ class Postgres(_Child):
             if connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [name]).fetchone() is None:
                 connection.execute(f'CREATE DATABASE "{name}"'.encode())
 
-    def stop(self) -> None:
-        # SIGINT is PostgreSQL's fast shutdown: it ends open sessions instead of waiting for them.
-        self._stop(signal.SIGINT)
+    def stop(self, timeout: float = STOP_TIMEOUT) -> None:
+        self._stop(signal.SIGINT, timeout)
 
-    def _init(self, bin_dir: Path, uid: int | None) -> None:
+    def kill(self) -> None:
+        # SIGQUIT lets the server take its sessions down with it; SIGKILL would leave that to each of them.
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGQUIT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(1.0)
+        super().kill()
+
+    def _init(self, bin_dir: Path, account: pwd.struct_passwd | None) -> None:
+        # Made beside and moved into place, so that a start killed in the middle leaves no half of a cluster.
+        fresh = self.data_dir.with_name(f"{self.data_dir.name}.new")
+        shutil.rmtree(fresh, ignore_errors=True)
+        _private_folder(fresh, account)
         command = [str(bin_dir / "initdb"), "--auth=trust", "--encoding=UTF8", "--locale=C.UTF-8", "-U", "postgres"]
-        self._spawn([*command, "--no-sync", "-D", str(self.data_dir)], uid)
+        self._spawn([*command, "--no-sync", "-D", str(fresh)], account.pw_uid if account else None)
         if self.process is None or self.process.wait() != 0:
             raise self._failed("PostgreSQL's initdb")
-
-    def _await_ready(self, bin_dir: Path) -> None:
-        deadline = time.monotonic() + START_TIMEOUT
-        probe = [str(bin_dir / "pg_isready"), "-q", "-h", str(self._socket_dir)]
-        while subprocess.run(probe, check=False).returncode != 0:
-            if self.process is None or self.process.poll() is not None or time.monotonic() > deadline:
-                self.stop()
-                raise self._failed("PostgreSQL")
-            time.sleep(0.02)
+        fresh.replace(self.data_dir)
 
 
-class Redis(_Child):
-    """Valkey 9 (or what else speaks Redis here) on a loopback port, with an append-only file."""
+class Redis(Child):
+    """Valkey 9 (or what else speaks Redis here) on a loopback port, with an append-only file.
 
-    def __init__(self, data_dir: Path, port: int = 0, options: dict[str, str] | None = None) -> None:
+    With a `password` other users of this machine are kept out.
+    """
+
+    def __init__(
+        self, data_dir: Path, port: int = 0, options: dict[str, str] | None = None, *, password: str | None = None
+    ) -> None:
         super().__init__(data_dir)
         self.port = port or free_port()
         self.options = options or {}
+        self.password = password
 
     def url(self, database: int = 0) -> str:
-        return f"redis://127.0.0.1:{self.port}/{database}"
+        credentials = f":{self.password}@" if self.password else ""
+        return f"redis://{credentials}127.0.0.1:{self.port}/{database}"
 
     def start(self) -> None:
         """Start the server and wait until it answers PING. Raises ServiceFailed."""
         self.data_dir.mkdir(parents=True, exist_ok=True)
+        pid_file = self.data_dir / "redis.pid"
+        binary = _redis_binary()
+        end_leftover(pid_file, binary.name[:15], signal.SIGTERM)
         options = {
             "bind": "127.0.0.1",
             "port": str(self.port),
             "dir": str(self.data_dir),
+            "pidfile": str(pid_file),
             "appendonly": "yes",
             "appendfsync": "everysec",
             "save": "",
@@ -166,23 +127,33 @@ class Redis(_Child):
             **self.options,
         }
         arguments = [item for name, value in options.items() for item in (f"--{name}", value)]
-        self._spawn([str(_redis_binary()), *arguments])
-        deadline = time.monotonic() + START_TIMEOUT
-        while not self._answers():
-            if self.process is None or self.process.poll() is not None or time.monotonic() > deadline:
-                self.stop()
-                raise self._failed("The Redis server")
-            time.sleep(0.01)
+        self._spawn([str(binary), *self._secrets(), *arguments])
+        self._await(self._answers, "The Redis server")
 
-    def stop(self) -> None:
-        self._stop(signal.SIGTERM)
+    def stop(self, timeout: float = STOP_TIMEOUT) -> None:
+        self._stop(signal.SIGTERM, timeout)
+
+    def _secrets(self) -> list[str]:
+        """A configuration file for what must not stand in the list of processes."""
+        if self.password is None:
+            return []
+        path = self.data_dir / "redis.conf"
+        path.touch(mode=0o600)
+        path.write_text(f"requirepass {self.password}\n")
+        return [str(path)]
 
     def _answers(self) -> bool:
         # By hand: redis-py belongs to the streams alone, and PING is one line.
+        greeting = f"AUTH {self.password}\r\n" if self.password else ""
         try:
             with socket.create_connection(("127.0.0.1", self.port), timeout=1.0) as connection:
-                connection.sendall(b"PING\r\n")
-                return connection.recv(16).startswith(b"+PONG")
+                connection.sendall(f"{greeting}PING\r\n".encode())
+                answers = b""
+                while chunk := connection.recv(64):
+                    answers += chunk
+                    if b"+PONG" in answers or b"-" in answers:
+                        break
+                return b"+PONG" in answers
         except OSError:
             return False
 
@@ -227,24 +198,30 @@ def _socket_dir(data_dir: Path) -> Path:
     return Path(tempfile.gettempdir()) / f"headwater-{name}"
 
 
-def _unprivileged(data_dir: Path, bin_dir: Path) -> int:
-    """PostgreSQL refuses to run as root: choose another user and let it reach what it needs."""
-    account = _account()
-    data_dir.mkdir(parents=True, exist_ok=True)
-    os.chown(data_dir, account.pw_uid, account.pw_gid)
-    data_dir.chmod(0o700)
-    sockets = _socket_dir(data_dir)
-    sockets.mkdir(exist_ok=True)
-    os.chown(sockets, account.pw_uid, account.pw_gid)
-    for folder in (*data_dir.parents, *bin_dir.parents):
+def _private_folder(folder: Path, account: pwd.struct_passwd | None) -> None:
+    """A folder that only the server's user can enter. Raises ServiceFailed when somebody else owns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if account:
+        # PostgreSQL refuses to run as root, so another user owns its files.
+        os.chown(folder, account.pw_uid, account.pw_gid)
+    elif folder.stat().st_uid != os.geteuid():
+        raise ServiceFailed(
+            f"The folder {folder} belongs to another user. "
+            "Choose another data folder: --data-dir or HEADWATER_DATA_DIR."
+        )
+    folder.chmod(0o700)
+
+
+def _let_through(folders: tuple[Path, ...]) -> None:
+    for folder in folders:
         mode = folder.stat().st_mode
         if not mode & stat.S_IXOTH:
-            # Passing through, not listing: the least that lets it find its own files below.
+            # Passing through, not listing: the least that lets another user find its own files below.
             folder.chmod(mode | stat.S_IXOTH)
-    return account.pw_uid
 
 
 def _account() -> pwd.struct_passwd:
+    """The user PostgreSQL runs as when we are root, which it refuses to be."""
     for name in ("headwater", "postgres"):
         with contextlib.suppress(KeyError):
             return pwd.getpwnam(name)

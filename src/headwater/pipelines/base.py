@@ -51,6 +51,13 @@ class Pipeline(ABC):
         """The rows that keep what the run said, once it ended; also after a cancel or an error."""
         return ()
 
+    def usage(self, run: Run, transcript: Transcript) -> dict[str, Any] | None:
+        """The tokens a run took: what was counted, or an estimate marked `estimated`. None when nothing is known.
+
+        A pipeline that is closed can say nothing more, so this is asked after every end.
+        """
+        return transcript.usage
+
     def check(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """The input as JSON values, checked and filled in. Raises pydantic's ValidationError."""
         return self.input_model.model_validate(data).model_dump(mode="json")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +44,8 @@ class Provider(ABC):
     demo: bool = False
 
     @abstractmethod
-    def stream(self, request: ChatRequest) -> AsyncIterator[Delta]:
-        """The answer as it comes. Closing the iterator closes the connection to the API.
+    def stream(self, request: ChatRequest) -> AsyncGenerator[Delta, None]:
+        """The answer as it comes. Closing the generator (`aclose`) closes the connection to the API.
 
         Raises ProviderError with one of its codes. Errors before the first token that may pass
         (429, 5xx, no connection) are retried inside, with a `notice` each time.

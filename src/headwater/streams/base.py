@@ -14,14 +14,29 @@ lost its tail is refused with LogLost instead of leaving a hole.
 
 from __future__ import annotations
 
+import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Final, Protocol
 
-from headwater.events import Event
+from headwater.events import Event, EventType
 from headwater.runs import Lease, Run, RunState
+
+#: The state in which a terminal event leaves its run.
+ENDS: Final[Mapping[EventType, RunState]] = {
+    EventType.DONE: RunState.DONE,
+    EventType.ERROR: RunState.FAILED,
+    EventType.CANCELLED: RunState.CANCELLED,
+}
+#: Seconds the log of a run that has not ended stays at least, however short the TTL of an ended one is.
+LIVE_TTL: Final = 86_400
+
+
+def new_epoch() -> str:
+    """A name for a new incarnation of a log: 12 characters that a cursor can carry."""
+    return secrets.token_hex(6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +113,8 @@ class StreamLog(ABC):
     async def open(self, run: Run, grace: float) -> None:
         """Announce a queued run. Unless somebody claims it, it is `due` after `grace` seconds.
 
-        Harmless when the run is known already, whatever its state.
+        Harmless when the run is known already, whatever its state; a run that is still queued
+        gets another `grace`, so that whoever rings again is not told of it at once.
         """
 
     @abstractmethod
@@ -106,23 +122,26 @@ class StreamLog(ABC):
         """Take the run under the next attempt: higher than the log's and than `run.attempt`.
 
         Makes the log, with a new epoch, when there is none. The same holder asking again gets a
-        further attempt. Raises LogClosed when the run has ended, LeaseHeld while somebody holds it.
+        further attempt. Raises LogClosed when the run has ended, LeaseHeld while somebody holds it
+        (`error.extra["left"]`: milliseconds of the lease).
         """
 
     @abstractmethod
     async def append(self, lease: Lease, events: Sequence[Event]) -> Appended:
         """Write stamped events of consecutive seqs, publish them and extend lease and TTL, in one atomic step.
 
-        A terminal event closes the log and gives up the lease. Repeating an append that was
-        written already succeeds and writes nothing. Raises Fenced, LogClosed, LogLost.
+        A terminal event closes the log and gives up the lease; it can only be the last one.
+        Repeating an append writes what is missing of it: nothing when it was written already.
+        Raises Fenced, LogClosed, LogLost.
         """
 
     @abstractmethod
     async def restore(self, lease: Lease, run: Run, events: Sequence[Event]) -> Appended:
         """Write a log that was lost again, from its first event, under the lease's epoch and attempt.
 
-        Keeps the longer of the two when some of it is still there. Raises Fenced when a higher
-        attempt has the run by now, LogClosed when it has ended.
+        Keeps the longer of the two when some of it is still there. A terminal event at the end
+        closes the log. Raises Fenced when a higher attempt, or somebody else under the same one,
+        has the run by now, LogClosed when it has ended.
         """
 
     @abstractmethod
@@ -153,11 +172,26 @@ class StreamLog(ABC):
 
     @abstractmethod
     async def due(self, limit: int) -> list[Due]:
-        """Runs nobody holds although somebody should, longest first."""
+        """Runs nobody holds although somebody should, longest first. Asking changes nothing.
+
+        Answer with `open` (a further grace), `claim`, or `forget` for one whose `run` is None.
+        """
 
     @abstractmethod
     async def forget(self, run_id: str) -> None:
         """Remove the log and all about the run, at once."""
+
+    @abstractmethod
+    async def beat(self, worker: str, seconds: float) -> None:
+        """A worker says that it lives; it counts as gone `seconds` after its last beat."""
+
+    @abstractmethod
+    async def workers(self) -> list[str]:
+        """The workers that live, by name."""
+
+    @abstractmethod
+    async def depth(self, *queues: str) -> int:
+        """Orders that wait in the broker's queues, as far as the broker lives in the same server."""
 
     @abstractmethod
     def feed(self) -> Feed:
@@ -179,7 +213,7 @@ class FeedSink(Protocol):
         """The subscription stands. What was published before may have been missed, also at a repeated call."""
 
     def published(self, run_id: str, epoch: str, events: Sequence[Event]) -> None:
-        """Events were appended. May repeat, be missing or come late."""
+        """Events were appended. May repeat, be missing or come late. No events: the log was written again, read it."""
 
     def lost(self) -> None:
         """The connection broke; it is made again and every subscription is confirmed anew."""

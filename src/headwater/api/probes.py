@@ -1,0 +1,75 @@
+"""How each part is looked at for the health page."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any, Final
+
+from headwater.api.health import Probe
+from headwater.journal import Journal
+from headwater.queue import CHAT_QUEUE, JOBS_QUEUE
+from headwater.settings import Settings
+from headwater.store import Store, migrate
+from headwater.streams.base import StreamLog
+from headwater.syncer import Syncer
+
+#: Records that wait for so long mean trouble although PostgreSQL answers.
+STALE_MS: Final = 60_000
+
+
+class Probes:
+    """One method per part; each returns what is to be shown and raises when the part is away."""
+
+    def __init__(self, settings: Settings, log: StreamLog, store: Store, journal: Journal, syncer: Syncer) -> None:
+        self._settings = settings
+        self._log = log
+        self._store = store
+        self._journal = journal
+        self._syncer = syncer
+        self._migrated = False
+
+    def all(self) -> Mapping[str, Probe]:
+        return {
+            "redis": self.redis,
+            "postgres": self.postgres,
+            "journal": self.journal,
+            "worker": self.worker,
+            "queue": self.queue,
+        }
+
+    async def redis(self) -> Mapping[str, Any]:
+        await self._log.ping()
+        return {}
+
+    async def postgres(self) -> Mapping[str, Any]:
+        await self._store.ping()
+        if not self._migrated:
+            found = await asyncio.to_thread(migrate.current, self._settings.need_database())
+            # Once it is, it stays so while this process lives; asking costs a connection of its own.
+            self._migrated = found == migrate.head()
+        if not self._migrated:
+            detail = "The schema is not up to date. Run `headwater db upgrade`."
+            return {"ok": False, "migrated": False, "detail": detail}
+        return {"migrated": True}
+
+    async def journal(self) -> Mapping[str, Any]:
+        backlog = await self._journal.backlog()
+        oldest = None if backlog.oldest_ms is None else round(backlog.oldest_ms / 1000, 1)
+        found: dict[str, Any] = {"backlog": backlog.count, "oldest_seconds": oldest, "poison": backlog.poison}
+        if backlog.poison:
+            found["detail"] = f"PostgreSQL refused {backlog.poison} records; see `headwater journal status`."
+        elif backlog.count and self._syncer.away:
+            found["detail"] = "History is catching up: PostgreSQL is away, the journal keeps what is new."
+        elif backlog.oldest_ms is not None and backlog.oldest_ms > STALE_MS:
+            found["detail"] = "Records have been waiting for PostgreSQL for more than a minute."
+        return found
+
+    async def worker(self) -> Mapping[str, Any]:
+        alive = await self._log.workers()
+        if not alive:
+            return {"ok": False, "count": 0, "detail": "No worker runs. Start one with `headwater worker`."}
+        return {"count": len(alive)}
+
+    async def queue(self) -> Mapping[str, Any]:
+        return {"depth": await self._log.depth(CHAT_QUEUE, JOBS_QUEUE)}

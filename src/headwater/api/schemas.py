@@ -1,0 +1,236 @@
+"""What requests and responses look like, for validation and for the OpenAPI document."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeAlias
+
+from fastapi import Path
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from headwater.clock import to_datetime
+from headwater.ids import ID_PATTERN
+from headwater.messages import Chat, Message, MessageStatus, Role
+from headwater.runs import Run, RunState
+
+#: Characters of a title that a person may set.
+MAX_TITLE = 200
+
+
+def _no_nul(text: str) -> str:
+    if "\x00" in text:
+        raise ValueError("must not contain the character NUL")
+    return text
+
+
+#: Text that PostgreSQL can keep.
+Text: TypeAlias = Annotated[str, AfterValidator(_no_nul)]
+Id: TypeAlias = Annotated[str, Field(pattern=ID_PATTERN, examples=["0198c0de-7abc-7def-8123-456789abcdef"])]
+ChatId: TypeAlias = Annotated[str, Path(pattern=ID_PATTERN, description="The chat's id.")]
+MessageId: TypeAlias = Annotated[str, Path(pattern=ID_PATTERN, description="The message's id.")]
+TaskId: TypeAlias = Annotated[str, Path(pattern=ID_PATTERN, description="The run's id, as the 202 gave it.")]
+
+
+def rfc3339(value: Any) -> Any:
+    """Unix milliseconds as RFC 3339 in UTC, e.g. `2026-01-01T00:00:00.123Z`."""
+    if isinstance(value, int):
+        return to_datetime(value).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return value
+
+
+Moment: TypeAlias = Annotated[
+    str,
+    BeforeValidator(rfc3339),
+    Field(json_schema_extra={"format": "date-time"}, examples=["2026-01-01T00:00:00.123Z"]),
+]
+
+
+class Model(BaseModel):
+    """Base of responses."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+
+class Request(BaseModel):
+    """Base of request bodies: an unknown member is a mistake, and is said."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Problem(BaseModel):
+    """An error (RFC 9457). `code` is stable; `detail` is for a person. Some codes bring further members."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    instance: str
+    request_id: str
+
+
+class Fault(Model):
+    """Why an answer failed."""
+
+    model_config = ConfigDict(extra="allow")
+
+    code: str
+    message: str
+
+
+class Usage(Model):
+    """Tokens; `estimated` when the model's API did not report them."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    estimated: bool = False
+
+
+class NewChat(Request):
+    """A chat to be. Without a title it is named after its first message."""
+
+    title: Annotated[Text, Field(min_length=1, max_length=MAX_TITLE)] | None = None
+
+
+class Rename(Request):
+    """A chat's new title."""
+
+    title: Annotated[Text, Field(min_length=1, max_length=MAX_TITLE)]
+
+
+class ChatSummary(Model):
+    """A chat in a list."""
+
+    id: Id
+    title: str | None
+    created_at: Moment
+    updated_at: Moment
+    active_task_id: Id | None = Field(description="The run that answers now; follow `/api/stream/{task_id}`.")
+
+    @classmethod
+    def of(cls, chat: Chat, active: str | None) -> ChatSummary:
+        return cls(
+            id=chat.id, title=chat.title, created_at=chat.created_at, updated_at=chat.updated_at, active_task_id=active
+        )
+
+
+class MessageOut(Model):
+    """A message. Messages of a chat form a tree by `parent_id`."""
+
+    id: Id
+    parent_id: Id | None
+    role: Role
+    content: str
+    reasoning: str | None
+    status: MessageStatus
+    run_id: Id | None
+    model: str | None
+    usage: Usage | None
+    error: Fault | None
+    created_at: Moment
+
+
+class ChatOut(ChatSummary):
+    """A chat with its messages, oldest first."""
+
+    messages: list[MessageOut]
+
+    @classmethod
+    def whole(cls, chat: Chat, active: str | None, messages: list[Message]) -> ChatOut:
+        summary = ChatSummary.of(chat, active)
+        return cls(**dict(summary), messages=[MessageOut.model_validate(message) for message in messages])
+
+
+class ChatList(Model):
+    """A page of chats, newest first."""
+
+    items: list[ChatSummary]
+    next: str | None = Field(description="Send it as `after` for the next page; null at the end.")
+
+
+class NewMessage(Request):
+    """What a person says."""
+
+    content: Annotated[Text, Field(min_length=1, description="Not only white space.")]
+    parent_id: Id | None = Field(
+        None,
+        description="The message it follows. Left out: the chat's newest. Null: the first of a branch at the root. "
+        "Editing a message is sending another with the same parent.",
+    )
+
+
+class AcceptedOut(Model):
+    """The message is kept and its answer is under way: follow `/api/stream/{task_id}`."""
+
+    task_id: Id
+    message_id: Id = Field(description="The answer's id.")
+    user_message_id: Id | None
+    chat_id: Id
+    status: Literal["processing"] = "processing"
+
+
+class ActiveTask(Model):
+    """The run that answers now, or null."""
+
+    task_id: Id | None
+
+
+class TaskOut(Model):
+    """Where a run is."""
+
+    task_id: Id
+    status: RunState
+    kind: str
+    attempt: int
+    stage: str | None
+    progress: float
+    chat_id: Id | None
+    message_id: Id | None
+    error: Fault | None
+    usage: Usage | None
+    created_at: Moment
+    started_at: Moment | None
+    ended_at: Moment | None
+
+    @classmethod
+    def of(cls, run: Run) -> TaskOut:
+        fields = {name: getattr(run, name) for name in cls.model_fields if name not in {"task_id", "status"}}
+        return cls(task_id=run.id, status=run.state, **fields)
+
+
+class Cancelled(Model):
+    """How a cancel stands: `cancelling` until the run's worker confirms, else how the run ended."""
+
+    task_id: Id
+    status: Literal["cancelling", "done", "failed", "cancelled"]
+
+
+class Events(Model):
+    """A page of a run's events."""
+
+    items: list[Mapping[str, Any]]
+    cursor: str | None = Field(description="Send it as `after` next time.")
+    reset: bool = Field(description="Earlier events are gone: forget what was shown, these begin anew.")
+    done: bool = Field(description="The run has ended and nothing follows.")
+
+
+class Part(Model):
+    """One part of the system."""
+
+    model_config = ConfigDict(extra="allow")
+
+    ok: bool
+    detail: str = ""
+
+
+class Health(Model):
+    """How the system is. `degraded`: messages are accepted, something else is away."""
+
+    status: Literal["ok", "degraded", "down"]
+    demo: bool = Field(description="No model is configured; the built-in demo answers.")
+    model: str
+    version: str
+    parts: Mapping[str, Part]

@@ -1,0 +1,138 @@
+"""Commands for what is kept: PostgreSQL's schema and rows, and the journal."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import typer
+
+from headwater.cli.shared import DataDir, Yes, settings_of_running
+from headwater.settings import Settings
+
+if TYPE_CHECKING:
+    from headwater.journal import Journal
+
+db = typer.Typer(
+    help="PostgreSQL: make, change, empty. DATABASE_URL says which; without it, that of the running `headwater up`.",
+    no_args_is_help=True,
+)
+journal = typer.Typer(
+    help="The journal: what is kept on this machine's disk until PostgreSQL has it.", no_args_is_help=True
+)
+
+
+@db.command("init")
+def init(data_dir: DataDir = None) -> None:
+    """Make the database unless it exists, and bring its schema to the newest version."""
+    from headwater.store import migrate
+
+    url = _settings(data_dir).need_database()
+    migrate.init(url)
+    typer.echo(f"The database is ready, its schema at {migrate.head()}.")
+
+
+@db.command("upgrade")
+def upgrade(data_dir: DataDir = None) -> None:
+    """Bring the schema to the newest version. Data stays. Harmless when it is there already."""
+    from headwater.store import migrate
+
+    url = _settings(data_dir).need_database()
+    before = migrate.current(url)
+    migrate.upgrade(url)
+    after = migrate.head()
+    typer.echo(f"The schema is at {after} already." if before == after else f"The schema is at {after} now.")
+
+
+@db.command("clear")
+def clear(yes: Yes = False, data_dir: DataDir = None) -> None:
+    """Delete every chat, message and run. The schema stays. Cannot be undone."""
+    from headwater.store import migrate
+
+    url = _settings(data_dir).need_database()
+    _ask(yes, "Delete every chat, message and run in the database? This cannot be undone.")
+    migrate.clear(url)
+    typer.echo("Every row is deleted.")
+
+
+@db.command("reset")
+def reset(yes: Yes = False, data_dir: DataDir = None) -> None:
+    """Drop headwater's tables and make them again, empty. For a schema that cannot be upgraded. Cannot be undone."""
+    from headwater.store import migrate
+
+    url = _settings(data_dir).need_database()
+    _ask(yes, "Drop headwater's tables with everything in them and make them anew? This cannot be undone.")
+    migrate.reset(url)
+    typer.echo(f"The tables are made anew, at {migrate.head()}.")
+
+
+@journal.command("status")
+def status(data_dir: DataDir = None) -> None:
+    """Say how much waits for PostgreSQL, since when, and what PostgreSQL refused for good."""
+    settings = _settings(data_dir)
+
+    async def ask() -> None:
+        async with _Opened(settings) as opened:
+            backlog = await opened.backlog()
+        age = f", the oldest for {backlog.oldest_ms / 1000:.0f} s" if backlog.oldest_ms is not None else ""
+        typer.echo(f"Journal    {settings.journal_file}")
+        typer.echo(f"Waiting    {backlog.count} records{age}")
+        typer.echo(f"Set aside  {backlog.poison} records that PostgreSQL refuses")
+
+    asyncio.run(ask())
+
+
+@journal.command("sync")
+def sync(data_dir: DataDir = None) -> None:
+    """Hand to PostgreSQL now what waits in the journal. Harmless while servers and workers run."""
+    settings = _settings(data_dir)
+    url = settings.need_database()
+
+    async def work() -> None:
+        from headwater.clock import SystemClock
+        from headwater.store import Store
+        from headwater.syncer import Syncer
+        from headwater.telemetry import Telemetry
+
+        telemetry = Telemetry()
+        store = Store(url, pool_size=1, wait=10.0, telemetry=telemetry)
+        try:
+            async with _Opened(settings) as opened:
+                syncer = Syncer(opened, store, telemetry=telemetry, clock=SystemClock())
+                count = await syncer.sync()
+                left = await opened.backlog()
+        finally:
+            await store.close()
+        typer.echo(f"{count} records were handed over; {left.count} wait, {left.poison} are set aside.")
+
+    asyncio.run(work())
+
+
+class _Opened:
+    """The journal, opened for the length of a block."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._journal: Journal | None = None
+
+    async def __aenter__(self) -> Journal:
+        from headwater.clock import SystemClock
+        from headwater.journal import Journal
+        from headwater.telemetry import Telemetry
+
+        self._journal = Journal(self._settings.journal_file, clock=SystemClock(), telemetry=Telemetry())
+        await self._journal.open()
+        return self._journal
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._journal is not None:
+            await self._journal.close()
+
+
+def _settings(data_dir: DataDir) -> Settings:
+    return settings_of_running(data_dir=data_dir)
+
+
+def _ask(yes: bool, question: str) -> None:
+    if not yes:
+        typer.confirm(question, abort=True)

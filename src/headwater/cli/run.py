@@ -1,0 +1,128 @@
+"""Commands that run something: everything, or one part."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+import warnings
+from typing import Annotated, Any
+
+import typer
+
+from headwater.cli.shared import DataDir, Parent, adopt, coloured, settings_with, start_logging
+from headwater.settings import Settings
+
+Host = Annotated[str | None, typer.Option("--host", help="Address to bind. [HOST, 127.0.0.1]")]
+Port = Annotated[int | None, typer.Option("--port", help="Port to bind; 0 takes a free one. [PORT, 5000]")]
+
+
+def register(app: typer.Typer) -> None:
+    for command in (up, server, worker, beat):
+        app.command()(command)
+
+
+def up(
+    host: Host = None,
+    port: Port = None,
+    data_dir: DataDir = None,
+    beat: Annotated[bool, typer.Option(help="Run the periodic clean-up and catch-up jobs.")] = True,
+) -> None:
+    """Start everything on this machine and stay until Ctrl-C.
+
+    PostgreSQL, Redis, the worker, the periodic jobs and the web server, in one log. A part that dies is started
+    again. With DATABASE_URL or REDIS_URL set, that server is used and none is started in its place. Ctrl-C ends
+    everything within ten seconds; a second one at once. The data stays in the data folder.
+    """
+    from headwater.clock import SystemClock
+    from headwater.dev.console import Console
+    from headwater.dev.stack import Stack
+
+    settings = settings_with(host=host, port=port, data_dir=data_dir)
+    console = Console(SystemClock(), colour=coloured(settings, sys.stdout))
+    asyncio.run(Stack(settings, console, beat=beat).run())
+
+
+def server(
+    host: Host = None,
+    port: Port = None,
+    data_dir: DataDir = None,
+    fd: Annotated[int | None, typer.Option(hidden=True)] = None,
+    parent: Parent = None,
+) -> None:
+    """Run the web server alone: the page, the API and the streams.
+
+    Needs REDIS_URL and DATABASE_URL. An address other than loopback needs HEADWATER_ACCESS_TOKEN. SIGTERM drains it:
+    open streams are told to reconnect, and it ends within five seconds. DEBUG=1 logs every request. Start more of
+    them behind a proxy to scale.
+    """
+    from headwater.dev.ports import listen
+
+    adopt(parent)
+    settings = settings_with(host=host, port=port, data_dir=data_dir)
+    settings.check_exposed()
+    settings.need_redis()
+    settings.need_database()
+    start_logging(settings, parent)
+    listener = listen(settings.host, settings.port) if fd is None else socket.socket(fileno=fd)
+
+    from headwater.api.app import create_app
+    from headwater.api.server import Server, configure
+
+    application = create_app(settings)
+    address, bound = listener.getsockname()[:2]
+    logging.getLogger("headwater.server").info("listening on %s port %d", address, bound)
+    Server(configure(application, settings), application).run(sockets=[listener])
+
+
+def worker(
+    concurrency: Annotated[
+        int | None, typer.Option("--concurrency", "-c", help="Runs at once. [HEADWATER_WORKER_CONCURRENCY]")
+    ] = None,
+    pool: Annotated[
+        str | None, typer.Option("--pool", "-P", help="threads, prefork or solo. [HEADWATER_WORKER_POOL]")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", "-n", help="Its name among several, e.g. blue@%h.")] = None,
+    parent: Parent = None,
+) -> None:
+    """Run a worker alone: it takes runs from Redis and answers them.
+
+    Needs REDIS_URL and DATABASE_URL. Start as many as you like, on as many machines; each run goes to one of them.
+    SIGTERM hands what it is answering to another worker. Celery's own command starts the same worker:
+    celery -A headwater.worker worker.
+    """
+    adopt(parent)
+    settings = settings_with(worker_concurrency=concurrency, worker_pool=pool)
+    settings.need_redis()
+    settings.need_database()
+    start_logging(settings, parent)
+    from headwater.worker.app import create_app
+
+    arguments = ["worker", f"--pool={settings.worker_pool}", f"--concurrency={settings.worker_concurrency}"]
+    # The workers need not know each other, and asking around delays each start by a second.
+    arguments += ["--without-mingle", "--without-gossip"]
+    # JSON is all it accepts, and a container or a root shell is the user's own choice.
+    warnings.filterwarnings("ignore", message="You're running the worker with superuser privileges")
+    if name:
+        arguments.append(f"--hostname={name}")
+    _celery(create_app(settings), settings, arguments)
+
+
+def beat(parent: Parent = None) -> None:
+    """Run the clock alone: it starts the periodic jobs that take over lost runs and catch up with PostgreSQL.
+
+    Needs REDIS_URL. One per installation is enough; a second one does no harm.
+    """
+    adopt(parent)
+    settings = settings_with()
+    settings.need_redis()
+    start_logging(settings, parent)
+    from headwater.queue import make_celery
+
+    _celery(make_celery(settings), settings, ["beat", "--pidfile="])
+
+
+def _celery(app: Any, settings: Settings, arguments: list[str]) -> None:
+    # --quiet leaves out Celery's banner, not its log.
+    sys.exit(app.start(["--quiet", *arguments, f"--loglevel={'DEBUG' if settings.debug else 'INFO'}"]))

@@ -1,0 +1,200 @@
+"""Hub: the followed runs of a process, and what the feed says about them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+from headwater.errors import Unavailable
+from headwater.events import Cursor, Event
+from headwater.hub.batch import Batch
+from headwater.hub.subscription import Subscription
+from headwater.service import Service
+from headwater.streams.base import Feed, Page, StreamLog
+from headwater.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
+
+#: Events in one read of a log.
+PAGE: Final = 512
+#: Metas asked for in one round trip, so that the loop is free again in between.
+METAS: Final = 256
+#: Seconds after which a channel that the feed has not confirmed is looked after; the feed may be away for long.
+UNCONFIRMED: Final = 1.0
+
+
+class History(Protocol):
+    """Events synthesised from what is stored, for runs whose log has expired."""
+
+    async def page(self, run_id: str) -> Page | None:
+        """All events under an epoch of its own, closed. None when the run is unknown or has not ended."""
+
+
+class _Channel:
+    """One followed run."""
+
+    __slots__ = ("check_at", "confirmed", "followers", "run_id")
+
+    def __init__(self, run_id: str, check_at: float) -> None:
+        self.run_id = run_id
+        #: In order of arrival; a dict, because leaving must not cost the number of readers.
+        self.followers: dict[Subscription, None] = {}
+        #: The feed's subscription stands.
+        self.confirmed = False
+        #: Loop time at which the watchdog looks after it.
+        self.check_at = check_at
+
+
+class Hub(Service):
+    """Followed runs and their readers. Times in seconds, `max_pending` in bytes per reader."""
+
+    def __init__(
+        self,
+        log: StreamLog,
+        *,
+        history: History | None,
+        telemetry: Telemetry,
+        heartbeat: float = 15.0,
+        watchdog: float = 5.0,
+        max_pending: int = 262_144,
+    ) -> None:
+        super().__init__("hub")
+        self.log = log
+        self.history = history
+        self.telemetry = telemetry
+        self.max_pending = max_pending
+        self._heartbeat = heartbeat
+        self._watchdog = watchdog
+        self._loop: asyncio.AbstractEventLoop
+        self._feed: Feed | None = None
+        self._channels: dict[str, _Channel] = {}
+        self._readers = 0
+
+    def subscribe(self, run_id: str, after: Cursor | None) -> Subscription:
+        """Follow a run from after the cursor, or from its first event. Registers at once; close it in the end."""
+        if self._feed is None:
+            raise RuntimeError("The hub is not started.")
+        subscription = Subscription(self, run_id, after, self._loop)
+        if self.draining.is_set():
+            subscription.drain()
+            return subscription
+        channel = self._channels.get(run_id)
+        if channel is None:
+            channel = _Channel(run_id, self._loop.time() + min(UNCONFIRMED, self._watchdog))
+            self._channels[run_id] = channel
+            self._feed.follow(run_id)
+        channel.followers[subscription] = None
+        self._readers += 1
+        self.telemetry.gauge("headwater_readers", self._readers)
+        if channel.confirmed:
+            subscription.fall_behind("join")
+        return subscription
+
+    def leave(self, subscription: Subscription) -> None:
+        """Forget a reader. Harmless the second time."""
+        channel = self._channels.get(subscription.run_id)
+        if channel is None or subscription not in channel.followers:
+            return
+        del channel.followers[subscription]
+        self._readers -= 1
+        self.telemetry.gauge("headwater_readers", self._readers)
+        if not channel.followers:
+            del self._channels[channel.run_id]
+            if self._feed is not None:
+                self._feed.unfollow(channel.run_id)
+
+    async def page(self, run_id: str, after: int) -> Page | None:
+        """The next events of the log, or all of the history when there is no log. Raises Unavailable."""
+        page = await self.log.read(run_id, after, PAGE)
+        if page is None and self.history is not None:
+            page = await self.history.page(run_id)
+        return page
+
+    # --- what the feed says ---------------------------------------------------------------------
+
+    def subscribed(self, run_id: str) -> None:
+        channel = self._channels.get(run_id)
+        if channel is None:
+            return
+        # Also when it stood before: a confirmation may belong to an earlier subscription that was
+        # taken back since, or to a connection made again. What came before it is in the log.
+        reason = "resubscribed" if channel.confirmed else "join"
+        channel.confirmed = True
+        channel.check_at = self._loop.time() + self._watchdog
+        for follower in channel.followers:
+            follower.fall_behind(reason)
+
+    def published(self, run_id: str, epoch: str, events: Sequence[Event]) -> None:
+        self.telemetry.count("headwater_hub_batches_total")
+        channel = self._channels.get(run_id)
+        if channel is None:
+            return
+        channel.check_at = self._loop.time() + self._watchdog
+        if not events:
+            for follower in channel.followers:
+                follower.fall_behind("rewritten")
+            return
+        batch = Batch(epoch, events)
+        for follower in channel.followers:
+            follower.offer(batch)
+
+    def lost(self) -> None:
+        self.telemetry.count("headwater_hub_reconnects_total")
+        check_at = self._loop.time() + min(UNCONFIRMED, self._watchdog)
+        for channel in self._channels.values():
+            channel.confirmed = False
+            channel.check_at = min(channel.check_at, check_at)
+
+    # --- the service ----------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._feed = self.log.feed()
+        await self._feed.start(self)
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._beat())
+            tasks.create_task(self._watch())
+
+    async def drain(self) -> None:
+        await super().drain()
+        for channel in list(self._channels.values()):
+            for follower in list(channel.followers):
+                follower.drain()
+
+    async def close(self) -> None:
+        await self.drain()
+        feed, self._feed = self._feed, None
+        if feed is not None:
+            await feed.stop()
+
+    async def _beat(self) -> None:
+        """Wake readers that have been quiet, early enough that none is quiet for longer than `heartbeat`."""
+        tick = self._heartbeat / 10
+        while True:
+            await asyncio.sleep(tick)
+            before = self._loop.time() - self._heartbeat + tick
+            for channel in self._channels.values():
+                for follower in channel.followers:
+                    follower.beat(before)
+
+    async def _watch(self) -> None:
+        """Look after channels that have been silent: the message that would tell may have been lost."""
+        while True:
+            await asyncio.sleep(min(UNCONFIRMED, self._watchdog) / 2)
+            now = self._loop.time()
+            silent = [channel for channel in self._channels.values() if channel.check_at <= now]
+            for at in range(0, len(silent), METAS):
+                some = silent[at : at + METAS]
+                try:
+                    metas = await self.log.metas([channel.run_id for channel in some])
+                except Unavailable as error:
+                    logger.info("The watchdog cannot look: %s", error)
+                    break
+                for channel, meta in zip(some, metas, strict=True):
+                    channel.check_at = self._loop.time() + self._watchdog
+                    for follower in channel.followers:
+                        follower.compare(meta)

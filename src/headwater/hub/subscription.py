@@ -1,0 +1,239 @@
+"""Subscription: one reader's position in a run, and how it goes on from there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import deque
+from typing import Final, Protocol
+
+from headwater.errors import Unavailable
+from headwater.events import Cursor
+from headwater.hub.batch import Batch
+from headwater.streams.base import Meta, Page
+from headwater.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
+
+#: Seconds before a failed read is tried again; doubles, with jitter.
+FIRST_BACKOFF: Final = 0.1
+MAX_BACKOFF: Final = 2.0
+
+
+class Source(Protocol):
+    """What a subscription needs of its hub."""
+
+    telemetry: Telemetry
+    #: Bytes of pushed events one reader may leave unread.
+    max_pending: int
+
+    async def page(self, run_id: str, after: int) -> Page | None: ...
+
+    def leave(self, subscription: Subscription) -> None: ...
+
+
+class Subscription:
+    """One reader of one run. `next` may be cancelled and called again; one caller at a time."""
+
+    __slots__ = (
+        "_backoff",
+        "_beat_due",
+        "_behind",
+        "_epoch",
+        "_hub",
+        "_loop",
+        "_over",
+        "_overflowed",
+        "_pending",
+        "_pending_bytes",
+        "_reason",
+        "_retry_at",
+        "_returned_at",
+        "_seq",
+        "_waiter",
+        "drained",
+        "run_id",
+    )
+
+    def __init__(self, hub: Source, run_id: str, after: Cursor | None, loop: asyncio.AbstractEventLoop) -> None:
+        self.run_id = run_id
+        #: `next` gave None because the server is stopping, not because the stream ended: come again elsewhere.
+        self.drained = False
+        self._hub = hub
+        self._loop = loop
+        #: The position: the last event handed out. With seq 0 nothing was shown and any epoch will do.
+        self._epoch = after.epoch if after is not None else ""
+        self._seq = after.seq if after is not None else 0
+        #: What was pushed; may repeat what was read and may have holes.
+        self._pending: deque[Batch] = deque()
+        self._pending_bytes = 0
+        #: Pushed batches are dropped until the next read begins.
+        self._overflowed = False
+        #: The log may hold more than what was handed out or is pending.
+        self._behind = False
+        self._reason = "join"
+        self._over = False
+        self._waiter: asyncio.Future[None] | None = None
+        self._beat_due = False
+        self._returned_at = loop.time()
+        self._retry_at = 0.0
+        self._backoff = FIRST_BACKOFF
+
+    async def next(self) -> Batch | None:
+        """The next batch, or None at the end: the terminal event was handed out, or see `drained`.
+
+        Waits while nothing happens; never raises because a server is away.
+        """
+        while True:
+            batch = self._take()
+            if batch is None and self._behind and self._loop.time() >= self._retry_at:
+                batch = await self._catch_up()
+                if batch is None and not self._over:
+                    # Once more from the top: something may have been pushed or said during the read.
+                    continue
+            if batch is not None:
+                self._returned_at = self._loop.time()
+                return batch
+            if self._over:
+                return None
+            if self._beat_due:
+                self._beat_due = False
+                self._returned_at = self._loop.time()
+                return Batch(self._epoch)
+            await self._wait()
+
+    def close(self) -> None:
+        """Leave. A `next` that waits returns None."""
+        self._over = True
+        self._pending.clear()
+        self._pending_bytes = 0
+        self._hub.leave(self)
+        self._wake()
+
+    # --- what the hub says ----------------------------------------------------------------------
+
+    def offer(self, batch: Batch) -> None:
+        if self._overflowed:
+            return
+        self._pending.append(batch)
+        self._pending_bytes += batch.size
+        if self._pending_bytes > self._hub.max_pending:
+            # The log holds it all; a reader that cannot keep up reads it there, at its own pace.
+            self._pending.clear()
+            self._pending_bytes = 0
+            self._overflowed = True
+            self.fall_behind("slow")
+        else:
+            self._wake()
+
+    def fall_behind(self, reason: str) -> None:
+        self._behind = True
+        self._reason = reason
+        self._retry_at = 0.0
+        self._wake()
+
+    def compare(self, meta: Meta | None) -> None:
+        """The watchdog's look: is the log elsewhere than this reader?"""
+        if self._pending or (self._behind and self._retry_at > self._loop.time()):
+            return
+        if meta is None or meta.status.terminal or meta.epoch != self._epoch or meta.count != self._seq:
+            self.fall_behind("watchdog")
+
+    def beat(self, before: float) -> None:
+        if self._waiter is not None and self._returned_at <= before:
+            self._beat_due = True
+            self._wake()
+
+    def drain(self) -> None:
+        if not self._over:
+            self.drained = True
+            self.close()
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    def _take(self) -> Batch | None:
+        """What continues at our position among what was pushed."""
+        while self._pending:
+            batch = self._pending.popleft()
+            self._pending_bytes -= batch.size
+            first, last = batch.events[0].seq, batch.events[-1].seq
+            if (batch.epoch != self._epoch and self._seq > 0) or first > self._seq + 1:
+                # Dropped: the read that follows is later than its publishing, so it is in there.
+                self.fall_behind("hole")
+            elif last > self._seq:
+                if first <= self._seq:
+                    batch = Batch(batch.epoch, batch.events[self._seq + 1 - first :])
+                self._advance(batch)
+                return batch
+        return None
+
+    def _advance(self, batch: Batch) -> None:
+        self._epoch = batch.epoch
+        self._seq = batch.events[-1].seq
+        self._beat_due = False
+        if batch.events[-1].terminal:
+            self._finish()
+
+    def _finish(self) -> None:
+        self._behind = False
+        self.close()
+
+    async def _catch_up(self) -> Batch | None:
+        """One read of the log. None when it holds nothing new, or cannot be read now."""
+        # Before the read, so that whatever is said meanwhile leads to a further one.
+        self._behind = self._overflowed = False
+        self._hub.telemetry.count("headwater_hub_rereads_total", reason=self._reason)
+        try:
+            page = await self._hub.page(self.run_id, self._seq)
+        except Unavailable as error:
+            logger.info("Run %s cannot be read now: %s", self.run_id, error)
+            self._behind = True
+            self._retry_at = self._loop.time() + self._backoff * random.uniform(0.5, 1.5)
+            self._backoff = min(self._backoff * 2, MAX_BACKOFF)
+            return None
+        except BaseException:
+            self._behind = True
+            raise
+        self._backoff = FIRST_BACKOFF
+        return self._accept(page) if page is not None and not self._over else None
+
+    def _accept(self, page: Page) -> Batch | None:
+        """Go on from our position with what was read."""
+        ended = page.closed and page.epoch == self._epoch and self._seq >= page.count
+        if ended:
+            self._finish()
+            return None
+        if self._seq > 0 and (page.epoch != self._epoch or self._seq > page.count):
+            if page.count == 0 and not page.closed:
+                # Lost and begun again, but still empty. Its writer may be about to restore it, so let what is
+                # shown stand until there is something to show instead.
+                return None
+            self._epoch, self._seq = page.epoch, 0
+            self._behind, self._reason = True, "reset"
+            return Batch(page.epoch, reset=True)
+        self._epoch = page.epoch
+        events = [event for event in page.events if event.seq > self._seq]
+        if not events:
+            if page.closed:
+                self._finish()
+            return None
+        batch = Batch(page.epoch, events)
+        self._advance(batch)
+        if self._seq < page.count and not self._over:
+            self._behind, self._reason = True, "page"
+        return batch
+
+    async def _wait(self) -> None:
+        self._waiter = self._loop.create_future()
+        timer = self._loop.call_at(self._retry_at, self._wake) if self._behind else None
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+            if timer is not None:
+                timer.cancel()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

@@ -1,0 +1,179 @@
+"""The journal: what was accepted is on the local disk before anybody hears so.
+
+Records wait here until the syncer has brought them to PostgreSQL; Idempotency-Keys live here
+because they must win or lose in the same transaction as what they stand for. SQLite in WAL mode
+with a full sync at every commit; several processes may use one file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from headwater.clock import Clock
+from headwater.journal import rows
+from headwater.journal.file import JournalFile
+from headwater.journal.lane import Lane, Work
+from headwater.journal.rows import STEP, Added, Entry, Key
+from headwater.records import Record
+from headwater.telemetry import Telemetry
+
+__all__ = ["Added", "Backlog", "Entry", "Journal", "Key"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What waits for the store."""
+
+    count: int
+    #: Age of the oldest in milliseconds; None when nothing waits.
+    oldest_ms: int | None
+    #: Records set aside; they are not in `count`.
+    poison: int
+
+
+class Journal:
+    """One journal file. Open it in the process that uses it, after any fork.
+
+    Every call raises JournalUnavailable when the file cannot be used; `code` tells why.
+    """
+
+    def __init__(self, path: Path, *, clock: Clock, telemetry: Telemetry) -> None:
+        self.path = path
+        self._clock = clock
+        self._telemetry = telemetry
+        self._file = JournalFile(path)
+        self._writer = Lane("journal-writer", self._file, writer=True, committed=self._on_commit)
+        self._reader = Lane("journal-reader", self._file, writer=False)
+
+    async def open(self) -> None:
+        """Make or check the file and start the threads.
+
+        Raises JournalUnavailable: `journal_unwritable`, `journal_damaged`, `journal_newer`,
+        `journal_foreign`, `journal_sqlite`. A damaged file is left untouched.
+        """
+        await asyncio.to_thread(self._file.prepare)
+        await self._writer.open()
+        await self._reader.open()
+
+    async def close(self) -> None:
+        """Finish what is queued and close the file. Harmless when it is not open."""
+        await self._reader.close()
+        await self._writer.close()
+
+    # --- writing ---------------------------------------------------------------------------------
+
+    async def append(self, records: Sequence[Record], key: Key | None = None) -> Key | None:
+        """Make the records durable, all or none. When it returns they survive a power cut.
+
+        If the owner used `key` before, nothing is written and the earlier Key is returned. Raises
+        JournalUnavailable (`storage_full` when the disk is) and RecordRefused.
+        """
+        return (await self.add(records, key)).earlier
+
+    async def add(self, records: Sequence[Record], key: Key | None = None) -> Added:
+        """`append` that tells the positions as well."""
+        at = self._clock.now_ms()
+        # Encoded here: what cannot be encoded must not reach the group that others share.
+        values = [rows.encoded(record, at) for record in records]
+        added = await self._writer.submit(lambda connection: rows.add(connection, values, key, at))
+        if added.positions:
+            self._telemetry.count("headwater_journal_records_total", len(added.positions))
+        return added
+
+    async def mark_synced(self, positions: Sequence[int]) -> None:
+        """The store has these; they stay for reference until `prune`."""
+        at = self._clock.now_ms()
+        await self._writer.submit(lambda connection: rows.mark(connection, positions, at))
+
+    async def set_aside(self, position: int, reason: str) -> None:
+        """The store will never take this record: keep it out of the way, with the reason."""
+        text = reason.encode(errors="replace").decode()
+        await self._writer.submit(lambda connection: rows.set_aside(connection, position, text))
+
+    async def forget(self, chat_id: str) -> int:
+        """Delete every record of a chat, synced or not: the chat was deleted, and so is what it said. Their number."""
+        return await self._writer.submit(lambda connection: rows.forget(connection, chat_id))
+
+    async def put_back(self) -> int:
+        """Let every record that was set aside be tried again. Returns their number."""
+        return await self._writer.submit(rows.put_back)
+
+    async def prune(self, older_than_ms: int) -> int:
+        """Delete what was synced before that Unix time in ms, and old keys; give the space back to the disk.
+
+        Returns the number of records. Done in steps, so that nobody who writes has to wait for all of it.
+        """
+        deleted = await self._in_steps(lambda connection: rows.delete(connection, older_than_ms))
+        await self._in_steps(lambda connection: rows.delete_keys(connection, older_than_ms))
+        while await self._writer.submit(rows.shrink, alone=True):
+            pass
+        return deleted
+
+    async def _in_steps(self, step: Work[int]) -> int:
+        total = 0
+        while True:
+            deleted = await self._writer.submit(step)
+            total += deleted
+            if deleted < STEP:
+                return total
+
+    # --- reading ---------------------------------------------------------------------------------
+
+    async def find_key(self, owner_id: str, key: str) -> Key | None:
+        """What an owner's Idempotency-Key stands for."""
+        return await self._reader.submit(lambda connection: rows.find_key(connection, owner_id, key))
+
+    async def unsynced(self, limit: int) -> list[Entry]:
+        """Records that wait for the store, oldest first, without those set aside; at most `limit`, fewer when large."""
+        while True:
+            found = await self._reader.submit(lambda connection: rows.waiting(connection, limit))
+            entries, unreadable = rows.read(found)
+            for position, reason in unreadable:
+                logger.error("Record %d of the journal is set aside: it %s", position, reason)
+                await self.set_aside(position, reason)
+            if entries or not unreadable:
+                return entries
+
+    async def aside(self, limit: int) -> list[Entry]:
+        """Records that were set aside, with the reasons, oldest first. Those that cannot be read are left out."""
+        return rows.read(await self._reader.submit(lambda connection: rows.aside(connection, limit)))[0]
+
+    async def overlay(
+        self,
+        *,
+        owner_id: str | None = None,
+        chat_id: str | None = None,
+        id: str | None = None,  # noqa: A002 - the field's name
+    ) -> list[Record]:
+        """Records that are not in the store, also those set aside, oldest first: what a reader lays over its rows."""
+        found = await self._reader.submit(lambda connection: rows.unsynced_of(connection, owner_id, chat_id, id))
+        records = [entry.record for entry in rows.read(found)[0]]
+        return [
+            record
+            for record in records
+            if owner_id in (None, record.owner_id) and chat_id in (None, record.chat_id) and id in (None, record.id)
+        ]
+
+    async def kept(self, chat_id: str) -> list[Record]:
+        """Every record of a chat in the file, synced or not, oldest first: what to read without PostgreSQL."""
+        found = await self._reader.submit(lambda connection: rows.kept(connection, chat_id))
+        return [entry.record for entry in rows.read(found)[0]]
+
+    async def kept_chats(self, owner_id: str) -> list[Record]:
+        """The chats of an owner that are still in the file, synced or not, oldest first; no messages, no runs."""
+        found = await self._reader.submit(lambda connection: rows.kept_chats(connection, owner_id))
+        return [entry.record for entry in rows.read(found)[0]]
+
+    async def backlog(self) -> Backlog:
+        """How much waits for the store, and for how long."""
+        count, oldest, poison = await self._reader.submit(rows.count)
+        return Backlog(count, None if oldest is None else max(0, self._clock.now_ms() - oldest), poison)
+
+    def _on_commit(self, seconds: float) -> None:
+        self._telemetry.observe("headwater_journal_commit_seconds", seconds)

@@ -1,0 +1,246 @@
+"""The journal's statements: what one job does with the connection of its thread."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import apsw
+import orjson
+
+from headwater.errors import RecordRefused
+from headwater.records import Record, RecordKind
+
+#: Bytes of data after which `waiting` stops, whatever its limit, to bound memory and transactions.
+BATCH_BYTES: Final = 2 * 1024 * 1024
+#: Rows deleted, and pages given back, in one step of a prune; others may write in between.
+STEP: Final = 1000
+
+_INSERT: Final = "INSERT INTO records (kind, id, version, owner_id, chat_id, data, at) VALUES (?, ?, ?, ?, ?, ?, ?)"
+_FIND_KEY: Final = "SELECT owner_id, key, fingerprint, run_id, message_id FROM keys WHERE owner_id = ? AND key = ?"
+_INSERT_KEY: Final = "INSERT INTO keys (owner_id, key, fingerprint, run_id, message_id, at) VALUES (?, ?, ?, ?, ?, ?)"
+_MARK: Final = "UPDATE records SET synced_at = ?, poison = NULL WHERE position = ? AND synced_at IS NULL"
+_SET_ASIDE: Final = "UPDATE records SET poison = ?, tries = tries + 1 WHERE position = ? AND synced_at IS NULL"
+_PUT_BACK: Final = "UPDATE records SET poison = NULL WHERE poison IS NOT NULL AND synced_at IS NULL"
+_WAITING: Final = """
+    SELECT position, kind, id, version, owner_id, chat_id, data, at, tries, poison FROM records
+    WHERE synced_at IS NULL AND poison IS NULL ORDER BY position LIMIT ?
+"""
+_ASIDE: Final = """
+    SELECT position, kind, id, version, owner_id, chat_id, data, at, tries, poison FROM records
+    WHERE poison IS NOT NULL ORDER BY position LIMIT ?
+"""
+_OF_ID: Final = """
+    SELECT position, kind, id, version, owner_id, chat_id, data, at, tries, poison FROM records
+    WHERE synced_at IS NULL AND id = ? ORDER BY position
+"""
+_OF_CHAT: Final = """
+    SELECT position, kind, id, version, owner_id, chat_id, data, at, tries, poison FROM records
+    WHERE synced_at IS NULL AND chat_id = ? ORDER BY position
+"""
+_OF_OWNER: Final = """
+    SELECT position, kind, id, version, owner_id, chat_id, data, at, tries, poison FROM records
+    WHERE synced_at IS NULL AND owner_id = ? ORDER BY position
+"""
+_OF_ALL: Final = """
+    SELECT position, kind, id, version, owner_id, chat_id, data, at, tries, poison FROM records
+    WHERE synced_at IS NULL ORDER BY position
+"""
+_KEPT: Final = """
+    SELECT position, kind, id, version, owner_id, chat_id, data, at, tries, poison FROM records
+    WHERE chat_id = ? ORDER BY position
+"""
+_KEPT_CHATS: Final = """
+    SELECT position, kind, id, version, owner_id, chat_id, data, at, tries, poison FROM records
+    WHERE owner_id = ? AND kind = 'chat' ORDER BY position
+"""
+_FORGET: Final = "DELETE FROM records WHERE chat_id = ?"
+_COUNT: Final = """
+    SELECT count(*), min(position) FROM records INDEXED BY records_unsynced
+    WHERE synced_at IS NULL AND poison IS NULL
+"""
+_AT: Final = "SELECT at FROM records WHERE position = ?"
+_COUNT_POISON: Final = "SELECT count(*) FROM records WHERE poison IS NOT NULL"
+_DELETE: Final = """
+    DELETE FROM records WHERE position IN (SELECT position FROM records WHERE synced_at < ? LIMIT ?)
+"""
+# A key outlives its time while its run is here only: nobody else could tell of it.
+_DELETE_KEYS: Final = """
+    DELETE FROM keys WHERE (owner_id, key) IN (
+        SELECT owner_id, key FROM keys WHERE at < ? AND NOT EXISTS (
+            SELECT 1 FROM records WHERE records.id = keys.run_id AND records.synced_at IS NULL
+        ) LIMIT ?
+    )
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """An Idempotency-Key and what it stands for."""
+
+    owner_id: str
+    key: str
+    #: Of the request's body: the same key with another body is a mistake of the caller.
+    fingerprint: str
+    run_id: str
+    message_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A journalled record that is not in the store yet."""
+
+    #: Grows with every record; the order in which records are applied.
+    position: int
+    record: Record
+    #: Unix milliseconds of the append.
+    at: int
+    #: How often it was set aside.
+    tries: int
+    #: Why it is set aside; None for a record that waits.
+    poison: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What an append did: the earlier key and no positions, or the positions of the records."""
+
+    earlier: Key | None
+    positions: Sequence[int]
+
+
+def encoded(record: Record, at: int) -> tuple[Any, ...]:
+    """A record as the values of a row. Raises RecordRefused."""
+    try:
+        data = record.encode()
+    except TypeError as error:
+        raise RecordRefused(f"The {record.kind} record {record.id} cannot be written as JSON: {error}.") from error
+    return record.kind.value, record.id, record.version, record.owner_id, record.chat_id, data, at
+
+
+def read(rows: Sequence[Any]) -> tuple[list[Entry], list[tuple[int, str]]]:
+    """Rows as entries, and the positions of those that are none: written by a later version, or changed by hand."""
+    entries: list[Entry] = []
+    unreadable: list[tuple[int, str]] = []
+    for position, kind, row_id, version, owner_id, chat_id, data, at, tries, poison in rows:
+        try:
+            record = Record(RecordKind(kind), row_id, version, owner_id, chat_id, orjson.loads(data))
+        except ValueError as error:
+            unreadable.append((position, f"cannot be read: {error}"))
+        else:
+            entries.append(Entry(position, record, at, tries, poison))
+    return entries, unreadable
+
+
+def add(connection: apsw.Connection, rows: Sequence[tuple[Any, ...]], key: Key | None, at: int) -> Added:
+    """Insert the rows unless the key was used before."""
+    if key is not None:
+        earlier = find_key(connection, key.owner_id, key.key)
+        if earlier is not None:
+            return Added(earlier, ())
+        connection.execute(_INSERT_KEY, (key.owner_id, key.key, key.fingerprint, key.run_id, key.message_id, at))
+    positions = []
+    for row in rows:
+        connection.execute(_INSERT, row)
+        positions.append(connection.last_insert_rowid())
+    return Added(None, positions)
+
+
+def find_key(connection: apsw.Connection, owner_id: str, key: str) -> Key | None:
+    row = connection.execute(_FIND_KEY, (owner_id, key)).fetchone()
+    return None if row is None else Key(*row)
+
+
+def mark(connection: apsw.Connection, positions: Sequence[int], at: int) -> None:
+    connection.executemany(_MARK, [(at, position) for position in positions])
+
+
+def set_aside(connection: apsw.Connection, position: int, reason: str) -> None:
+    connection.execute(_SET_ASIDE, (reason, position))
+
+
+def put_back(connection: apsw.Connection) -> int:
+    connection.execute(_PUT_BACK)
+    return connection.changes()
+
+
+def waiting(connection: apsw.Connection, limit: int) -> list[Any]:
+    """The oldest rows that wait, until `limit` rows or BATCH_BYTES."""
+    rows: list[Any] = []
+    size = 0
+    with contextlib.closing(connection.cursor()) as cursor:
+        for row in cursor.execute(_WAITING, (limit,)):
+            rows.append(row)
+            size += len(row[6])
+            if size >= BATCH_BYTES:
+                break
+    return rows
+
+
+def aside(connection: apsw.Connection, limit: int) -> list[Any]:
+    return connection.execute(_ASIDE, (limit,)).fetchall()
+
+
+def unsynced_of(
+    connection: apsw.Connection, owner_id: str | None, chat_id: str | None, row_id: str | None
+) -> list[Any]:
+    """By the narrowest of the three; the others still have to be looked at."""
+    if row_id is not None:
+        return connection.execute(_OF_ID, (row_id,)).fetchall()
+    if chat_id is not None:
+        return connection.execute(_OF_CHAT, (chat_id,)).fetchall()
+    if owner_id is not None:
+        return connection.execute(_OF_OWNER, (owner_id,)).fetchall()
+    return connection.execute(_OF_ALL).fetchall()
+
+
+def kept(connection: apsw.Connection, chat_id: str) -> list[Any]:
+    """All rows of a chat, synced or not."""
+    return connection.execute(_KEPT, (chat_id,)).fetchall()
+
+
+def kept_chats(connection: apsw.Connection, owner_id: str) -> list[Any]:
+    """The chat rows of an owner, synced or not."""
+    return connection.execute(_KEPT_CHATS, (owner_id,)).fetchall()
+
+
+def forget(connection: apsw.Connection, chat_id: str) -> int:
+    connection.execute(_FORGET, (chat_id,))
+    return connection.changes()
+
+
+def count(connection: apsw.Connection) -> tuple[int, int | None, int]:
+    """How many wait, when the first of them was appended, how many are set aside."""
+    waiting_rows, oldest = _first(connection, _COUNT)
+    at = connection.execute(_AT, (oldest,)).fetchone()
+    return waiting_rows, at[0] if at else None, _first(connection, _COUNT_POISON)[0]
+
+
+def _first(connection: apsw.Connection, statement: str) -> Any:
+    return next(iter(connection.execute(statement)))
+
+
+def delete(connection: apsw.Connection, before: int) -> int:
+    """One step of pruning records; fewer than STEP when none is left."""
+    connection.execute(_DELETE, (before, STEP))
+    return connection.changes()
+
+
+def delete_keys(connection: apsw.Connection, before: int) -> int:
+    """One step of pruning keys; fewer than STEP when none is left."""
+    connection.execute(_DELETE_KEYS, (before, STEP))
+    return connection.changes()
+
+
+def shrink(connection: apsw.Connection) -> bool:
+    """Give some free pages back; whether there are more. After the last step the file itself is cut."""
+    # The statement gives back one page a step, so it is read to its end.
+    connection.execute(f"PRAGMA incremental_vacuum({STEP})").fetchall()
+    if connection.pragma("freelist_count"):
+        return True
+    with contextlib.suppress(apsw.BusyError, apsw.LockedError):
+        # Another process is reading: an automatic checkpoint will cut the file later.
+        connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+    return False

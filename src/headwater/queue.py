@@ -1,0 +1,222 @@
+"""The queue: Celery as the doorbell. It wakes a worker; what is true about a run stands in its log and its row.
+
+A message may get lost or come twice: the sweeper rings again for a run that nobody claims, and the
+claim lets only one worker in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import threading
+import time
+from collections import deque
+from typing import Any, Final, Protocol
+
+from celery import Celery
+from kombu.entity import Queue
+from kombu.exceptions import LimitExceeded, OperationalError
+
+from headwater.runs import Run
+from headwater.service import Service
+from headwater.settings import Settings
+from headwater.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
+
+#: Celery's names of the tasks. The task's id is the run's id.
+RUN_TASK: Final = "headwater.run"
+SWEEP_TASK: Final = "headwater.sweep"
+SYNC_TASK: Final = "headwater.sync"
+
+#: Answers people wait for, long jobs, and housekeeping: three queues, so that each can have workers of its own.
+CHAT_QUEUE: Final = "chat"
+JOBS_QUEUE: Final = "jobs"
+MAINTENANCE_QUEUE: Final = "maintenance"
+
+#: Seconds between the periodic tasks.
+SWEEP_EVERY: Final = 5.0
+SYNC_EVERY: Final = 300.0
+
+#: Runs that wait to be handed over while Redis is away. Over it the oldest is left to the sweeper.
+MAX_WAITING: Final = 10_000
+#: Seconds between tries: first and longest.
+FIRST_BACKOFF: Final = 0.1
+LAST_BACKOFF: Final = 2.0
+#: Seconds `stop` waits for what is still to be handed over.
+STOP_GRACE: Final = 1.5
+
+
+class Enqueue(Protocol):
+    """Hands a run to the queue. Returns at once, never blocks, never raises."""
+
+    def __call__(self, run: Run) -> None: ...
+
+
+def make_celery(settings: Settings) -> Celery:
+    """The Celery app without its tasks: enough to send and to ask. Raises SettingsError without REDIS_URL."""
+    url = settings.need_redis()
+    app = Celery("headwater", set_as_current=False)
+    app.conf.update(
+        broker_url=url,
+        # Tells `AsyncResult(run_id).state` from the run's own metadata; stores nothing.
+        result_backend=f"headwater.worker.results:RunBackend+{url}",
+        task_serializer="json",
+        accept_content=["json"],
+        result_serializer="json",
+        timezone="UTC",
+        enable_utc=True,
+        **_delivery(settings),
+        **_routes(),
+        **_worker(),
+    )
+    return app
+
+
+def _delivery(settings: Settings) -> dict[str, Any]:
+    return {
+        "task_acks_late": True,
+        "task_reject_on_worker_lost": True,
+        "task_ignore_result": True,
+        # The dispatcher repeats; inside it a retry would only block longer.
+        "task_publish_retry": False,
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,
+        "broker_connection_timeout": 3,
+        "broker_pool_acquire_timeout": 5,
+        "broker_transport_options": {
+            # A message comes again after this long. Harmless, as the claim refuses it, but pointless.
+            "visibility_timeout": max(3600, round(settings.run_deadline) + 300),
+            "unacked_restore_interval": 10,
+            "unacked_restore_throttle": 1,
+            # Longer than the broker's own blocking read of 1 s; without one a frozen Redis blocks for ever.
+            "socket_timeout": 10,
+            "socket_connect_timeout": 3,
+            "socket_keepalive": True,
+            "health_check_interval": 10,
+        },
+    }
+
+
+def _routes() -> dict[str, Any]:
+    return {
+        "task_queues": [Queue(name) for name in (CHAT_QUEUE, JOBS_QUEUE, MAINTENANCE_QUEUE)],  # type: ignore[no-untyped-call]
+        "task_default_queue": JOBS_QUEUE,
+        "task_routes": {
+            SWEEP_TASK: {"queue": MAINTENANCE_QUEUE},
+            SYNC_TASK: {"queue": MAINTENANCE_QUEUE},
+        },
+        # In memory: the two intervals need no file.
+        "beat_scheduler": "celery.beat:Scheduler",
+        "beat_schedule": {
+            "sweep": {"task": SWEEP_TASK, "schedule": SWEEP_EVERY, "options": {"expires": SWEEP_EVERY}},
+            "sync": {"task": SYNC_TASK, "schedule": SYNC_EVERY, "options": {"expires": SYNC_EVERY}},
+        },
+    }
+
+
+def _worker() -> dict[str, Any]:
+    return {
+        "worker_prefetch_multiplier": 1,
+        # An answer goes on through a blink of Redis; the fence keeps it to one writer.
+        "worker_cancel_long_running_tasks_on_connection_loss": False,
+        # Handlers that are there already stay: `headwater worker` sets its own.
+        "worker_hijack_root_logger": False,
+        "worker_redirect_stdouts": False,
+        # Off by default, as nobody may listen; `-E` or Flower's button turn them on.
+        "worker_send_task_events": False,
+    }
+
+
+def queue_of(run: Run) -> str:
+    """The queue for a run's kind."""
+    return CHAT_QUEUE if run.kind == "chat" else JOBS_QUEUE
+
+
+class Dispatcher(Service):
+    """Hands runs to Celery in a thread of its own, as sending blocks: 2 ms as a rule, for ever on a frozen Redis.
+
+    What cannot be handed over is tried again, in order, while Redis is away. What is lost here (too
+    many, or the process ends) the sweeper finds.
+    """
+
+    def __init__(self, celery: Celery, *, telemetry: Telemetry, limit: int = MAX_WAITING) -> None:
+        super().__init__()
+        self._celery = celery
+        self._telemetry = telemetry
+        self._waiting: deque[Run] = deque()
+        self._limit = limit
+        self._changed = threading.Condition()
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def enqueue(self, run: Run) -> None:
+        """From any thread."""
+        with self._changed:
+            if len(self._waiting) >= self._limit:
+                dropped = self._waiting.popleft()
+                self._telemetry.count("headwater_enqueue_failed_total")
+                logger.warning("Too many runs wait for the queue; run %s is left to the sweeper", dropped.id)
+            self._waiting.append(run)
+            self._changed.notify()
+
+    async def open(self) -> None:
+        self._stopping.clear()
+        # A daemon: a send that hangs must not keep the process alive.
+        self._thread = threading.Thread(target=self._work, name="dispatcher", daemon=True)
+        self._thread.start()
+
+    async def run(self) -> None:
+        """Nothing to do on the loop: the thread works."""
+
+    async def close(self) -> None:
+        """Hand over what waits, if that is quick."""
+        self._stopping.set()
+        with self._changed:
+            self._changed.notify()
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            await asyncio.to_thread(thread.join, STOP_GRACE)
+        if self._waiting:
+            logger.warning("%d runs are not handed over and left to the sweeper", len(self._waiting))
+
+    def _work(self) -> None:
+        backoff = FIRST_BACKOFF
+        while (run := self._next()) is not None:
+            try:
+                self._send(run)
+            except (OperationalError, OSError, LimitExceeded) as error:
+                self._again(run, error, first=backoff == FIRST_BACKOFF)
+                if self._stopping.wait(backoff * random.uniform(0.5, 1.0)):
+                    return
+                backoff = min(backoff * 2, LAST_BACKOFF)
+                continue
+            except Exception:
+                # Not Redis but this run, or us. A thread that died here would end all enqueueing in silence.
+                self._telemetry.count("headwater_enqueue_failed_total")
+                logger.exception("Run %s cannot be handed to Celery and is left to the sweeper", run.id)
+            backoff = FIRST_BACKOFF
+
+    def _next(self) -> Run | None:
+        with self._changed:
+            while not self._waiting:
+                if self._stopping.is_set():
+                    return None
+                self._changed.wait()
+            return self._waiting.popleft()
+
+    def _send(self, run: Run) -> None:
+        started = time.monotonic()
+        self._celery.send_task(
+            RUN_TASK, args=[run.to_json()], task_id=run.id, queue=queue_of(run), ignore_result=True, retry=False
+        )
+        self._telemetry.observe("headwater_enqueue_seconds", time.monotonic() - started)
+
+    def _again(self, run: Run, error: Exception, *, first: bool) -> None:
+        self._telemetry.count("headwater_enqueue_failed_total")
+        if first:
+            logger.warning("Run %s cannot be handed to Celery now and is tried again: %s", run.id, error)
+        with self._changed:
+            if len(self._waiting) < self._limit:
+                self._waiting.appendleft(run)

@@ -1,0 +1,120 @@
+"""Leases: every run of a process says "I live" in one round trip a second, and hears what became of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Iterator
+from enum import IntEnum
+from typing import Final
+
+from headwater.errors import LogUnavailable
+from headwater.runs import Lease
+from headwater.service import Service
+from headwater.streams.base import Renewed, StreamLog
+from headwater.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between renewals: a tenth of the usual lease, so that nine may fail.
+RENEW_EVERY: Final = 1.0
+
+
+class Stop(IntEnum):
+    """Why an attempt stops before its pipeline is through. The higher one wins."""
+
+    #: The worker goes down; another one goes on.
+    DRAIN = 1
+    #: It took too long.
+    DEADLINE = 2
+    #: Somebody asked for it.
+    CANCEL = 3
+    #: The run is not ours any more: write nothing.
+    FENCED = 4
+
+
+class Hold:
+    """One run held by this process: whether to stop, and whether its log must be written again."""
+
+    def __init__(self, lease: Lease) -> None:
+        self.lease = lease
+        #: Why to stop; None while the attempt may go on.
+        self.reason: Stop | None = None
+        self.stopped = asyncio.Event()
+        #: The worker goes down, whatever else the reason is: wait for nothing that is away.
+        self.draining = asyncio.Event()
+        #: The log has forgotten the run. The writer clears it once it wrote the log again.
+        self.lost = False
+        #: There is something to write.
+        self.wake = asyncio.Event()
+
+    def stop(self, reason: Stop) -> None:
+        if self.reason is None or reason > self.reason:
+            self.reason = reason
+        if reason is Stop.DRAIN:
+            self.draining.set()
+        self.stopped.set()
+
+    def heard(self, answer: Renewed) -> None:
+        """The log's answer to a renewal."""
+        match answer:
+            case Renewed.CANCELLED:
+                self.stop(Stop.CANCEL)
+            case Renewed.FENCED:
+                self.stop(Stop.FENCED)
+            case Renewed.LOST:
+                self.lost = True
+                self.wake.set()
+            case Renewed.HELD:
+                pass
+
+
+class LeaseKeeper(Service):
+    """Renews all leases of a process. While Redis is away it keeps trying: the fence decides when it is back."""
+
+    def __init__(self, log: StreamLog, *, telemetry: Telemetry, every: float = RENEW_EVERY) -> None:
+        super().__init__()
+        self._log = log
+        self._telemetry = telemetry
+        self._every = every
+        self._holds: set[Hold] = set()
+        self._away = False
+
+    @contextlib.contextmanager
+    def keep(self, lease: Lease) -> Iterator[Hold]:
+        """Renew the lease inside the `with`."""
+        hold = Hold(lease)
+        self._holds.add(hold)
+        self._telemetry.gauge("headwater_runs_active", len(self._holds))
+        try:
+            yield hold
+        finally:
+            self._holds.discard(hold)
+            self._telemetry.gauge("headwater_runs_active", len(self._holds))
+
+    @property
+    def holds(self) -> frozenset[Hold]:
+        """The runs held now."""
+        return frozenset(self._holds)
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(self._every)
+            await self.renew()
+
+    async def renew(self) -> None:
+        """Renew all leases once."""
+        holds = list(self._holds)
+        if not holds:
+            return
+        try:
+            answers = await self._log.renew([hold.lease for hold in holds])
+        except LogUnavailable as error:
+            if not self._away:
+                logger.warning("Leases of %d runs cannot be renewed now: %s", len(holds), error)
+            self._away = True
+            return
+        self._away = False
+        for hold, answer in zip(holds, answers, strict=True):
+            hold.heard(answer)

@@ -1,0 +1,69 @@
+"""The store: chats, messages and runs in PostgreSQL, the master."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Final
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from headwater.errors import StoreUnavailable
+from headwater.records import Record
+from headwater.store.apply import apply
+from headwater.store.chats import Chats, Turn, turn
+from headwater.store.database import Database
+from headwater.store.runs import Runs
+from headwater.telemetry import Telemetry
+
+__all__ = ["Chats", "Runs", "Store", "Turn"]
+
+_PING: Final = text("SELECT 1")
+
+
+class Store:
+    """PostgreSQL, for one event loop.
+
+    `url` is a libpq URL, `pool_size` the most connections at once, `wait` the seconds any call may
+    take. Every call raises StoreUnavailable when PostgreSQL does not answer within that time.
+    Making a Store connects to nothing; making it in the process that uses it keeps forks safe.
+    """
+
+    def __init__(self, url: str, *, pool_size: int, wait: float, telemetry: Telemetry) -> None:
+        self._database = Database(url, pool_size=pool_size, wait=wait)
+        self._telemetry = telemetry
+        self.chats = Chats(self._database)
+        self.runs = Runs(self._database)
+
+    async def ping(self) -> None:
+        """Whether PostgreSQL answers, as the gauge `headwater_up` too."""
+        try:
+            await self._database.run(lambda connection: _ping(connection))
+        except StoreUnavailable:
+            self._telemetry.gauge("headwater_up", 0, part="store")
+            raise
+        self._telemetry.gauge("headwater_up", 1, part="store")
+
+    async def close(self) -> None:
+        await self._database.close()
+
+    async def apply(self, records: Sequence[Record]) -> None:
+        """Write records in one transaction, each only over a lower version; those of deleted chats are left out.
+
+        Applying a record again, or late, changes nothing. Raises RecordRefused when one of them can
+        never be stored; then none was.
+        """
+        if records:
+            await self._database.run(lambda connection: apply(connection, records))
+
+    def turn(self, owner_id: str, chat_id: str) -> AbstractAsyncContextManager[Turn]:
+        """One turn at a time in a chat, across processes: a transaction with the chat's row locked.
+
+        Commits at a normal exit and rolls back on an exception. Raises NotFound.
+        """
+        return turn(self._database, owner_id, chat_id)
+
+
+async def _ping(connection: AsyncConnection) -> Any:
+    return await connection.execute(_PING)

@@ -1,0 +1,182 @@
+"""The way to PostgreSQL: the engine, time limits, and what its errors mean.
+
+Nothing here may hang. A server can be stopped, frozen, full, read-only or behind a cut cable, and
+each of these must come out as StoreUnavailable within the caller's wait; data that PostgreSQL will
+never take must come out as RecordRefused, so that it can be set aside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import select
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, Final, TypeVar
+
+import psycopg
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+
+from headwater.errors import RecordRefused, SettingsError, StoreUnavailable
+
+T = TypeVar("T")
+
+#: Classes of SQLSTATE that blame the data: data exception, integrity violation, program limit exceeded.
+#: All others count as the server's trouble: a record must not be set aside because a table is missing.
+_REFUSALS: Final = ("22", "23", "54")
+#: Class 42: the statement does not fit the schema.
+_SCHEMA: Final = "42"
+
+
+def parse_url(url: str) -> URL:
+    """A libpq URL as SQLAlchemy's, with psycopg as its driver. Raises SettingsError."""
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        # The URL may hold a password, so it is not repeated.
+        raise SettingsError("DATABASE_URL cannot be read. It looks like postgresql://user:password@host/db.") from None
+    if parsed.get_backend_name() not in {"postgresql", "postgres"}:
+        raise SettingsError("DATABASE_URL does not start with postgresql://; only PostgreSQL is supported.")
+    return parsed.set(drivername="postgresql+psycopg")
+
+
+def engine_options(target: URL, wait: float) -> dict[str, Any]:
+    """Arguments of `create_engine` that bound every phase of a connection's life by about `wait` seconds."""
+    limit = max(1, round(wait * 1000))
+    settings = {
+        "statement_timeout": limit,
+        # A little less, so that a wait for a lock ends with its own error and keeps the connection.
+        "lock_timeout": max(1, round(limit * 0.8)),
+        # A process that was stopped in the middle of a transaction must not keep its locks.
+        "idle_in_transaction_session_timeout": max(limit, 1000) * 5,
+    }
+    given = target.query.get("options", "")
+    options = [given if isinstance(given, str) else " ".join(given)]
+    arguments = {
+        "application_name": "headwater",
+        "connect_timeout": max(2, math.ceil(wait)),
+        # What the URL says comes last and so wins.
+        "options": " ".join([f"-c {name}={value}" for name, value in settings.items()] + options).strip(),
+        # A peer that vanished without a word is noticed by the kernel.
+        "keepalives": 1,
+        "keepalives_idle": 10,
+        "keepalives_interval": 5,
+        "keepalives_count": 3,
+        "tcp_user_timeout": max(limit, 1000) * 10,
+    }
+    return {"connect_args": arguments}
+
+
+class _Connection(psycopg.AsyncConnection[Any]):
+    """A psycopg connection that is given up when a call on it is cancelled.
+
+    By default psycopg asks the server to cancel the query and waits for up to ten seconds, which a
+    frozen server uses to the full. Here the socket is shut, the waiting call ends at once, and
+    SQLAlchemy throws the connection away. The server ends the orphaned statement by its time limit.
+    """
+
+    async def cancel_safe(self, *, timeout: float = 0.0) -> None:
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.pgconn.socket)) as twin:
+            twin.shutdown(socket.SHUT_RDWR)
+
+
+class Database:
+    """A pool of connections and transactions with a time limit. One event loop uses it."""
+
+    def __init__(self, url: str, *, pool_size: int, wait: float) -> None:
+        self.wait = wait
+        target = parse_url(url)
+        options = engine_options(target, wait)
+        options["connect_args"]["async_creator_fn"] = _Connection.connect
+        self._engine = create_async_engine(target, pool_size=pool_size, max_overflow=0, pool_timeout=wait, **options)
+
+    async def close(self) -> None:
+        """Close all connections. One that is in use is closed when it is given back."""
+        await self.limited(self._engine.dispose())
+
+    async def run(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        """One transaction, all of it within the time limit. Raises StoreUnavailable or RecordRefused."""
+        with explained():
+            async with asyncio.timeout(self.wait), self.open() as connection:
+                return await work(connection)
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction over several calls; each use of the connection goes through `limited`."""
+        connection = await self.limited(self._connect())
+        try:
+            yield connection
+            await self.limited(connection.commit())
+        except Exception:
+            # The first error is the one to tell. A connection that cannot even roll back is given up by `limited`.
+            with contextlib.suppress(StoreUnavailable):
+                await self.limited(connection.rollback())
+            raise
+        except BaseException:
+            await connection.invalidate()
+            raise
+        finally:
+            await connection.close()
+
+    async def limited(self, call: Awaitable[T]) -> T:
+        """One call within the time limit. Raises StoreUnavailable or RecordRefused."""
+        with explained():
+            async with asyncio.timeout(self.wait):
+                return await call
+
+    async def _connect(self) -> AsyncConnection:
+        """A connection from the pool that was not closed behind our back."""
+        while True:
+            connection = await self._engine.connect()
+            raw = (await connection.get_raw_connection()).driver_connection
+            if not _has_news(raw.pgconn.socket):  # type: ignore[union-attr]
+                return connection
+            await connection.invalidate()
+            await connection.close()
+
+
+def _has_news(fd: int) -> bool:
+    """Whether bytes or an end wait on an idle connection.
+
+    After a restart of the server every pooled connection holds its farewell. Looking costs no
+    round trip, which a ping before each transaction would; a peer that went without a word is
+    caught by the time limit either way.
+    """
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn what SQLAlchemy, psycopg and the time limit raise into our errors."""
+    try:
+        yield
+    except DBAPIError as error:
+        raise _explain(error) from error
+    except UnicodeError as error:
+        raise RecordRefused("PostgreSQL cannot store this text: it is not valid Unicode.") from error
+    except TimeoutError as error:
+        raise StoreUnavailable("PostgreSQL did not answer in time.") from error
+    except (SQLAlchemyError, psycopg.Error, OSError) as error:
+        raise StoreUnavailable(f"PostgreSQL cannot be used: {_first_line(error)}") from error
+
+
+def _explain(error: DBAPIError) -> StoreUnavailable | RecordRefused:
+    cause = error.orig
+    state = getattr(cause, "sqlstate", None) or ""
+    reason = _first_line(cause or error)
+    if state.startswith(_REFUSALS) or (not state and isinstance(cause, psycopg.DataError)):
+        return RecordRefused(f"PostgreSQL refuses this data: {reason}")
+    if state.startswith(_SCHEMA):
+        return StoreUnavailable(f"The database's schema does not fit; run `headwater db upgrade`: {reason}")
+    return StoreUnavailable(f"PostgreSQL cannot be used: {reason}")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

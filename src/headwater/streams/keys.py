@@ -1,0 +1,51 @@
+"""The names of a run's keys in Redis, and of the fields of its hash.
+
+| key                        | type   | holds                                                   |
+|----------------------------|--------|---------------------------------------------------------|
+| `stream:{<run>}:chunks`    | list   | one event as JSON per item; the item's place is its seq |
+| `stream:{<run>}:metadata`  | hash   | the fields below                                        |
+| `stream:{<run>}:run`       | string | the run as JSON, for whoever takes it over              |
+| `stream:{<run>}` (channel) |        | `<epoch> <first seq>`, then one event per line          |
+| `headwater:due`            | zset   | run ids; score: when to look whether somebody holds it  |
+| `headwater:workers`        | zset   | workers' names; score: when they count as gone          |
+
+The braces are literal: they put all keys of one run into one hash slot of a cluster.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+DUE: Final = "headwater:due"
+WORKERS: Final = "headwater:workers"
+
+#: What a `Meta` is made from, in the order it is asked for.
+META_FIELDS: Final = (
+    "epoch",
+    "status",
+    "attempt",
+    "owner_id",
+    "kind",
+    "chat_id",
+    "chunk_count",
+    "cancel",
+    "created_at",
+    "updated_at",
+    "lease_until",
+)
+
+
+def chunks(run_id: str) -> str:
+    return f"stream:{{{run_id}}}:chunks"
+
+
+def metadata(run_id: str) -> str:
+    return f"stream:{{{run_id}}}:metadata"
+
+
+def run(run_id: str) -> str:
+    return f"stream:{{{run_id}}}:run"
+
+
+def channel(run_id: str) -> str:
+    return f"stream:{{{run_id}}}"

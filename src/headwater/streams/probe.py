@@ -1,0 +1,68 @@
+"""What a Redis server says of itself, for `headwater doctor` and for the check before a start."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import urlsplit
+
+import redis.asyncio
+from redis.exceptions import RedisError
+
+from headwater.errors import LogUnavailable
+
+#: Seconds to wait for a server that does not answer.
+_PATIENCE: Final = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class RedisFacts:
+    """One look at a Redis server."""
+
+    #: Valkey's own version where it is Valkey, else Redis's.
+    version: str
+    #: `maxmemory-policy`; anything but `noeviction` may drop a queued run.
+    policy: str
+    #: Bytes; 0 for no limit.
+    max_memory: int
+    used_memory: int
+    #: Whether it keeps an append-only file.
+    append_only: bool
+    #: Seconds for one round trip.
+    round_trip: float
+    #: Its clock, Unix milliseconds.
+    now_ms: int
+
+
+async def redis_facts(url: str) -> RedisFacts:
+    """Ask the server. Raises LogUnavailable with the address and the reason."""
+    client = redis.asyncio.Redis.from_url(
+        url, socket_timeout=_PATIENCE, socket_connect_timeout=_PATIENCE, decode_responses=True
+    )
+    try:
+        async with client:
+            await client.ping()
+            begun = time.perf_counter()
+            seconds, micros = await client.time()
+            round_trip = time.perf_counter() - begun
+            info = await client.info()
+    except (RedisError, OSError, ValueError) as error:
+        raise LogUnavailable(f"Redis at {shown(url)} does not answer: {error}. Check REDIS_URL.") from None
+    return RedisFacts(
+        version=str(info.get("valkey_version") or info.get("redis_version", "unknown")),
+        policy=str(info.get("maxmemory_policy", "unknown")),
+        max_memory=int(info.get("maxmemory", 0)),
+        used_memory=int(info.get("used_memory", 0)),
+        append_only=bool(int(info.get("aof_enabled", 0))),
+        round_trip=round_trip,
+        now_ms=int(seconds) * 1000 + int(micros) // 1000,
+    )
+
+
+def shown(url: str) -> str:
+    """A URL without what is secret in it: `host:port/database`."""
+    parts = urlsplit(url)
+    return (
+        f"{parts.hostname or parts.path}{f':{parts.port}' if parts.port else ''}{parts.path if parts.hostname else ''}"
+    )

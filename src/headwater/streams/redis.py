@@ -1,0 +1,370 @@
+"""RedisStreamLog: the log in Redis (6.2 or later) or Valkey.
+
+Every change of a run is one Lua script, so that the fence, the events, the lease and the published
+message are one atomic step; the scripts stand beside this file, each with its keys on top. The
+server's `TIME` is the only clock. Who is due is kept in a sorted set in a slot of its own; it only
+says when to look, the run's own hash says whether somebody holds it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import orjson
+from redis import Redis as SyncRedis
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError, RedisError
+from redis.retry import Retry as SyncRetry
+
+from headwater.errors import Fenced, LeaseHeld, LogClosed, LogLost, LogUnavailable
+from headwater.events import Event
+from headwater.runs import Lease, Run, RunState
+from headwater.streams import keys
+from headwater.streams.base import ENDS, LIVE_TTL, Appended, Due, Feed, Meta, Page, Renewed, StreamLog, new_epoch
+from headwater.streams.feed import RedisFeed
+
+#: Seconds to connect, to wait for one answer, and for a call with all its tries.
+CONNECT_TIMEOUT: Final = 1.5
+ANSWER_TIMEOUT: Final = 2.0
+CALL_TIMEOUT: Final = 3.0
+#: Tries after a connection that turned out to be broken. A time-out is not tried again: the server is not there.
+RETRIES: Final = 2
+CONNECTIONS: Final = 32
+
+Command = tuple[Any, ...]
+
+
+class Script:
+    """A Lua script beside this file, called by its hash."""
+
+    def __init__(self, name: str, keys_: int) -> None:
+        self.name = name
+        self.text = Path(__file__).with_name(f"{name}.lua").read_bytes()
+        self.sha = hashlib.sha1(self.text, usedforsecurity=False).hexdigest()
+        self._keys = keys_
+
+    def __call__(self, *keys_and_arguments: Any) -> Command:
+        return ("EVALSHA", self.sha, self._keys, *keys_and_arguments)
+
+
+class Scripts:
+    def __init__(self) -> None:
+        self.open = Script("open", 3)
+        self.claim = Script("claim", 3)
+        self.append = Script("append", 3)
+        self.restore = Script("restore", 3)
+        self.renew = Script("renew", 3)
+        self.release = Script("release", 1)
+        self.cancel = Script("cancel", 1)
+        self.schedule = Script("schedule", 1)
+        self.due = Script("due", 1)
+
+    def all(self) -> list[Script]:
+        return list(vars(self).values())
+
+
+class RedisStreamLog(StreamLog):
+    """Logs in one Redis. `url` is `redis://`, `rediss://` or `unix://`; its query may override the timeouts."""
+
+    def __init__(self, url: str, *, ttl: int, lease_seconds: float) -> None:
+        self._url = url
+        self._ttl = ttl
+        self._live_ttl = max(ttl, LIVE_TTL)
+        self._lease_ms = round(lease_seconds * 1000)
+        self._scripts = Scripts()
+        pool: BlockingConnectionPool = BlockingConnectionPool.from_url(
+            url,
+            max_connections=CONNECTIONS,
+            timeout=CALL_TIMEOUT,
+            # RESP2: the same answers from 6.2 to Valkey 9, and no maintenance pushes in between.
+            protocol=2,
+            socket_timeout=ANSWER_TIMEOUT,
+            socket_connect_timeout=CONNECT_TIMEOUT,
+            socket_keepalive=True,
+            retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.3), RETRIES, (RedisConnectionError,)),
+        )
+        # Any: redis-py leaves `execute_command`, which all here goes through, without types.
+        self._redis: Any = Redis.from_pool(pool)
+
+    # --- the writer -----------------------------------------------------------------------------
+
+    async def open(self, run: Run, grace: float) -> None:
+        announced = self._scripts.open(*_keys(run.id), new_epoch(), run.attempt, *_identity(run), self._live_ttl)
+        # The order matters should the connection break in between: an entry too many is harmless.
+        _, status = await self._send(self._schedule(run.id, grace, only_new=True), announced)
+        if status == b"queued":
+            await self._send(self._schedule(run.id, grace))
+
+    async def claim(self, run: Run, holder: str) -> Lease:
+        claimed = self._scripts.claim(
+            *_keys(run.id), holder, run.attempt, new_epoch(), *_identity(run), self._lease_ms, self._live_ttl
+        )
+        _, reply = await self._send(self._schedule(run.id, self._lease_ms / 1000), claimed)
+        if reply[0] == b"closed":
+            raise LogClosed(f"Run {run.id} has ended as {reply[1].decode()}.")
+        if reply[0] == b"held":
+            raise LeaseHeld(f"Run {run.id} is held by {reply[1].decode()} for {reply[2]} ms more.", left=reply[2])
+        _, epoch, attempt, length, cancelled = reply
+        return Lease(run.id, attempt, holder, epoch.decode(), length, bool(cancelled))
+
+    async def append(self, lease: Lease, events: Sequence[Event]) -> Appended:
+        (reply,) = await self._send(self._append_command(lease, events))
+        return _appended(lease, reply)
+
+    def _append_command(self, lease: Lease, events: Sequence[Event]) -> Command:
+        # A command and its answer are kept apart from the sending, so that the appends of many runs can share a trip.
+        return self._scripts.append(
+            *_keys(lease.run_id),
+            keys.channel(lease.run_id),
+            *(lease.epoch, lease.attempt, lease.holder),
+            events[0].seq,
+            *(self._lease_ms, self._live_ttl, self._ttl),
+            ENDS.get(events[-1].type, ""),
+            *[event.encode() for event in events],
+        )
+
+    async def restore(self, lease: Lease, run: Run, events: Sequence[Event]) -> Appended:
+        restored = self._scripts.restore(
+            *_keys(lease.run_id),
+            keys.channel(lease.run_id),
+            *(lease.epoch, lease.attempt, lease.holder),
+            *(self._lease_ms, self._live_ttl, self._ttl),
+            ENDS.get(events[-1].type, "") if events else "",
+            *_identity(run),
+            *[event.encode() for event in events],
+        )
+        _, reply = await self._send(self._schedule(run.id, self._lease_ms / 1000), restored)
+        return _appended(lease, reply)
+
+    async def renew(self, leases: Sequence[Lease]) -> list[Renewed]:
+        replies = await self._send(
+            *(
+                self._scripts.renew(
+                    *_keys(lease.run_id), lease.epoch, lease.attempt, lease.holder, self._lease_ms, self._live_ttl
+                )
+                for lease in leases
+            )
+        )
+        return [Renewed(reply.decode()) for reply in replies]
+
+    async def release(self, lease: Lease) -> None:
+        released = self._scripts.release(keys.metadata(lease.run_id), lease.epoch, lease.attempt, lease.holder)
+        await self._send(released, self._schedule(lease.run_id, 0))
+
+    async def cancel(self, run_id: str) -> Meta | None:
+        (reply,) = await self._send(self._scripts.cancel(keys.metadata(run_id), *keys.META_FIELDS))
+        now, values = reply
+        return _meta(run_id, now, values)
+
+    async def forget(self, run_id: str) -> None:
+        await self._send(("DEL", *_keys(run_id)), ("ZREM", keys.DUE, run_id))
+
+    # --- the reader -----------------------------------------------------------------------------
+
+    async def metas(self, run_ids: Sequence[str]) -> list[Meta | None]:
+        if not run_ids:
+            return []
+        asked = [("HMGET", keys.metadata(run_id), *keys.META_FIELDS) for run_id in run_ids]
+        (seconds, micros), *replies = await self._send(("TIME",), *asked)
+        now = int(seconds) * 1000 + int(micros) // 1000
+        return [_meta(run_id, now, values) for run_id, values in zip(run_ids, replies, strict=True)]
+
+    async def read(self, run_id: str, after: int, limit: int) -> Page | None:
+        known, count, raws = await self._send(
+            ("HMGET", keys.metadata(run_id), "epoch", "status", "chunk_count"),
+            ("LLEN", keys.chunks(run_id)),
+            ("LRANGE", keys.chunks(run_id), after, after + limit - 1),
+            atomic=True,
+        )
+        epoch, status, written = known
+        if epoch is None:
+            return None
+        closed = RunState(status.decode()).terminal
+        if closed and count != int(written):
+            # Its events expired or were evicted and nobody is left to write them again: as good as no log.
+            return None
+        return Page(epoch.decode(), [Event.decode(raw) for raw in raws], count, closed)
+
+    async def due(self, limit: int) -> list[Due]:
+        found: list[Due] = []
+        while len(found) < limit:
+            # What is not due is moved or removed, so only what was found already is passed over.
+            (reply,) = await self._send(self._scripts.due(keys.DUE, len(found), limit - len(found)))
+            now, ids = reply
+            if not ids:
+                break
+            found += await self._sift(now, [raw.decode() for raw in ids])
+        return found
+
+    async def _sift(self, now: int, run_ids: list[str]) -> list[Due]:
+        """Which of these are due; puts the others where they belong."""
+        asked: list[Command] = []
+        for run_id in run_ids:
+            asked.append(("HMGET", keys.metadata(run_id), *keys.META_FIELDS))
+            asked.append(("GET", keys.run(run_id)))
+        replies = await self._send(*asked)
+        found: list[Due] = []
+        corrections: list[Command] = []
+        for run_id, values, raw in zip(run_ids, replies[::2], replies[1::2], strict=True):
+            meta = _meta(run_id, now, values)
+            if meta is not None and meta.status.terminal:
+                corrections.append(("ZREM", keys.DUE, run_id))
+            elif meta is not None and meta.lease_left > 0:
+                corrections.append(("ZADD", keys.DUE, "XX", now + meta.lease_left, run_id))
+            else:
+                found.append(Due(run_id, Run.from_json(orjson.loads(raw)) if raw else None, meta))
+        if corrections:
+            await self._send(*corrections)
+        return found
+
+    async def beat(self, worker: str, seconds: float) -> None:
+        await self._send(self._scripts.schedule(keys.WORKERS, worker, math.ceil(seconds * 1000), self._live_ttl, ""))
+
+    async def workers(self) -> list[str]:
+        (now, micros), scored = await self._send(("TIME",), ("ZRANGE", keys.WORKERS, 0, -1, "WITHSCORES"))
+        now_ms = int(now) * 1000 + int(micros) // 1000
+        until = {scored[i].decode(): float(scored[i + 1]) for i in range(0, len(scored), 2)}
+        alive = sorted(name for name, at in until.items() if at >= now_ms)
+        if len(alive) < len(until):
+            # By score, not by name: one of them may have come back a moment ago.
+            await self._send(("ZREMRANGEBYSCORE", keys.WORKERS, "-inf", f"({now_ms}"))
+        return alive
+
+    async def depth(self, *queues: str) -> int:
+        return sum(await self._send(*(("LLEN", queue) for queue in queues))) if queues else 0
+
+    def feed(self) -> Feed:
+        return RedisFeed(self._url)
+
+    async def ping(self) -> None:
+        await self._send(("PING",))
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+    # --- the wire -------------------------------------------------------------------------------
+
+    def _schedule(self, run_id: str, seconds: float, *, only_new: bool = False) -> Command:
+        mode = "NX" if only_new else ""
+        return self._scripts.schedule(keys.DUE, run_id, math.ceil(seconds * 1000), self._live_ttl, mode)
+
+    async def _send(self, *commands: Command, atomic: bool = False) -> list[Any]:
+        """All commands in one round trip, their answers in order. Raises LogUnavailable for whatever goes wrong."""
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT):
+                replies = await self._trip(commands, atomic)
+                unknown = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+                if unknown:
+                    # A restart or SCRIPT FLUSH took the scripts: load them and call again what did not run.
+                    await self._trip([("SCRIPT LOAD", script.text) for script in self._scripts.all()], atomic=False)
+                    again = await self._trip([commands[i] for i in unknown], atomic=False)
+                    for i, reply in zip(unknown, again, strict=True):
+                        replies[i] = reply
+        except (RedisError, OSError, TimeoutError) as error:
+            _unavailable(error)
+        for reply in replies:
+            if isinstance(reply, Exception):
+                _unavailable(reply)
+        return replies
+
+    async def _trip(self, commands: Sequence[Command], atomic: bool) -> list[Any]:
+        if len(commands) == 1:
+            try:
+                return [await self._redis.execute_command(*commands[0])]
+            except NoScriptError as error:
+                return [error]
+        pipeline = self._redis.pipeline(transaction=atomic)
+        for command in commands:
+            pipeline.execute_command(*command)
+        return list(await pipeline.execute(raise_on_error=False))
+
+
+class SyncMetaReader:
+    """The hash of a run for synchronous code, such as a Celery result backend."""
+
+    def __init__(self, url: str) -> None:
+        self._redis: SyncRedis = SyncRedis.from_url(
+            url,
+            protocol=2,
+            decode_responses=True,
+            socket_timeout=ANSWER_TIMEOUT,
+            socket_connect_timeout=CONNECT_TIMEOUT,
+            socket_keepalive=True,
+            retry=SyncRetry(NoBackoff(), 1, (RedisConnectionError,)),
+        )
+
+    def read(self, run_id: str) -> Mapping[str, str]:
+        """All fields of `stream:{<run>}:metadata`; empty when the run is unknown. Raises LogUnavailable."""
+        try:
+            fields: Any = self._redis.hgetall(keys.metadata(run_id))
+        except (RedisError, OSError) as error:
+            _unavailable(error)
+        return dict(fields)
+
+    def close(self) -> None:
+        self._redis.close()
+
+
+def read_status_sync(url: str, run_id: str) -> Mapping[str, str]:
+    """`SyncMetaReader.read` over a connection of its own, for one question."""
+    reader = SyncMetaReader(url)
+    try:
+        return reader.read(run_id)
+    finally:
+        reader.close()
+
+
+def _keys(run_id: str) -> tuple[str, str, str]:
+    return keys.metadata(run_id), keys.chunks(run_id), keys.run(run_id)
+
+
+def _identity(run: Run) -> tuple[str, str, str, bytes]:
+    return run.owner_id, run.kind, run.chat_id or "", orjson.dumps(run.to_json())
+
+
+def _appended(lease: Lease, reply: list[Any]) -> Appended:
+    match reply:
+        case [b"ok", count, cancelled]:
+            return Appended(count, bool(cancelled))
+        case [b"fenced"]:
+            raise Fenced(f"Run {lease.run_id}: attempt {lease.attempt} no longer holds it.")
+        case [b"closed"]:
+            raise LogClosed(f"Run {lease.run_id} has ended.")
+        case _:
+            raise LogLost(f"Run {lease.run_id}: Redis has no log, or a shorter one than was written. Restore it.")
+
+
+def _meta(run_id: str, now: int, values: Sequence[bytes | None]) -> Meta | None:
+    if values[0] is None:
+        return None
+    known = {
+        name: value.decode() if value is not None else "" for name, value in zip(keys.META_FIELDS, values, strict=True)
+    }
+    return Meta(
+        run_id=run_id,
+        epoch=known["epoch"],
+        status=RunState(known["status"]),
+        attempt=int(known["attempt"]),
+        owner_id=known["owner_id"],
+        kind=known["kind"],
+        chat_id=known["chat_id"] or None,
+        count=int(known["chunk_count"]),
+        cancelled=known["cancel"] == "1",
+        created_at=int(known["created_at"]),
+        updated_at=int(known["updated_at"]),
+        lease_left=max(0, int(known["lease_until"]) - now),
+    )
+
+
+def _unavailable(error: Exception) -> NoReturn:
+    raise LogUnavailable(
+        f"Redis does not answer: {type(error).__name__}: {error}. Check REDIS_URL and `headwater doctor`."
+    ) from error

@@ -1,0 +1,172 @@
+"""Sweeper: rings again for runs that nobody holds although somebody should, and mends rows that missed the end.
+
+Three things it looks for:
+
+    due in the log        nobody claimed it in time, or its worker's lease ran out → enqueue again
+    unknown to the log    a row waits, but Redis has forgotten the run → announce it; due after a grace
+    ended in the log      a row waits, but the log is closed → make the rows from the log
+
+It decides nothing about a run: the worker that claims it counts the attempts and ends it when they
+are spent. So several sweepers at once do no harm; a bell rung twice lets one worker in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+from headwater.clock import Clock
+from headwater.errors import HeadwaterError, Unavailable
+from headwater.runs import Run
+from headwater.service import Service
+from headwater.streams.base import Due, Meta, StreamLog
+from headwater.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two looks at the log. With a lease of 10 s a dead worker is noticed within 12 s.
+SWEEP_EVERY: Final = 2.0
+#: Seconds between two looks at the rows.
+ROWS_EVERY: Final = 10.0
+#: Runs of one look.
+BATCH: Final = 500
+
+Unfinished = Callable[[], Awaitable[Sequence[Run]]]
+
+
+class Sweeper(Service):
+    """Sweeps every two seconds while it runs; `sweep` does it once.
+
+    `unfinished` gives the rows that are queued or running for longer than `grace` seconds, `enqueue`
+    hands a run to the queue, `repair` makes the rows of a run whose log is closed.
+    """
+
+    def __init__(
+        self,
+        log: StreamLog,
+        *,
+        unfinished: Unfinished,
+        enqueue: Callable[[Run], None],
+        repair: Callable[[Run], Awaitable[object]],
+        clock: Clock,
+        telemetry: Telemetry,
+        grace: float,
+        every: float = SWEEP_EVERY,
+        rows_every: float = ROWS_EVERY,
+    ) -> None:
+        super().__init__()
+        self._log = log
+        self._unfinished = unfinished
+        self._enqueue = enqueue
+        self._repair = repair
+        self._clock = clock
+        self._telemetry = telemetry
+        self._grace = grace
+        self._every = every
+        self._rows_every = rows_every
+        #: When this process rang last for a run and attempt, so that a busy queue is not rung every time.
+        self._rung: dict[tuple[str, int], float] = {}
+        #: Rows that waited behind a closed log at the last look.
+        self._behind: set[str] = set()
+        self._rows_at: float | None = None
+        self._away: set[str] = set()
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(self._every)
+            now = self._clock.monotonic()
+            rows = self._rows_at is None or now - self._rows_at >= self._rows_every
+            await self.sweep(rows=rows)
+
+    async def sweep(self, *, rows: bool = True) -> int:
+        """Look once; `rows` says whether also at the store. Returns how many runs were acted on.
+
+        A part that is away is left out and looked at the next time.
+        """
+        acted = await self._guarded("log", self._sweep_log)
+        if rows:
+            self._rows_at = self._clock.monotonic()
+            acted += await self._guarded("rows", self._sweep_rows)
+        return acted
+
+    async def _guarded(self, what: str, look: Callable[[], Awaitable[int]]) -> int:
+        try:
+            acted = await look()
+        except Unavailable as error:
+            if what not in self._away:
+                logger.warning("The sweeper leaves out the %s until it is back: %s", what, error)
+            self._away.add(what)
+            return 0
+        self._away.discard(what)
+        return acted
+
+    # --- what the log knows ---------------------------------------------------------------------
+
+    async def _sweep_log(self) -> int:
+        now = self._clock.monotonic()
+        self._rung = {key: at for key, at in self._rung.items() if now - at < self._grace}
+        acted = 0
+        for due in await self._log.due(BATCH):
+            acted += await self._ring(due, now)
+        return acted
+
+    async def _ring(self, due: Due, now: float) -> int:
+        if due.run is None:
+            # Nothing to enqueue: if the run still waits, its row brings it back.
+            await self._log.forget(due.run_id)
+            self._acted("forgotten")
+            return 1
+        key = (due.run_id, due.meta.attempt if due.meta is not None else 0)
+        if key in self._rung:
+            return 0
+        self._rung[key] = now
+        # A further grace, so that another process's sweeper does not ring as well.
+        await self._log.open(due.run, self._grace)
+        self._enqueue(due.run)
+        self._acted("enqueued")
+        logger.info("Run %s is held by nobody and enqueued again, attempt %d so far", *key)
+        return 1
+
+    # --- what the rows say ----------------------------------------------------------------------
+
+    async def _sweep_rows(self) -> int:
+        runs = await self._unfinished()
+        metas = await self._log.metas([run.id for run in runs]) if runs else []
+        before, self._behind = self._behind, set()
+        acted = 0
+        for run, meta in zip(runs, metas, strict=True):
+            acted += await self._compare(run, meta, before)
+        return acted
+
+    async def _compare(self, run: Run, meta: Meta | None, before: set[str]) -> int:
+        if meta is None:
+            # Not enqueued at once: a worker may hold it still and write its log again in a moment.
+            await self._log.open(run, self._grace)
+            self._acted("announced")
+            logger.info("Run %s waits, but Redis does not know it; it is announced again", run.id)
+            return 1
+        if not meta.status.terminal:
+            return 0
+        if run.id not in before:
+            # Between a run's end and its row lies the syncer; only a row that stays behind is mended.
+            self._behind.add(run.id)
+            return 0
+        return await self._mend(run)
+
+    async def _mend(self, run: Run) -> int:
+        try:
+            repaired = await self._repair(run)
+        except HeadwaterError:
+            # One run must not keep the sweeper from the others.
+            logger.exception("The rows of run %s cannot be made from its log", run.id)
+            return 0
+        if repaired is None:
+            return 0
+        self._acted("repaired")
+        logger.warning("The rows of run %s were behind its log and are made again", run.id)
+        return 1
+
+    def _acted(self, action: str) -> None:
+        self._telemetry.count("headwater_swept_total", action=action)

@@ -1,0 +1,182 @@
+"""The syncer: brings what the journal holds to PostgreSQL, in order, until nothing is left.
+
+Several may work on one journal, in this process or in others: applying a record twice changes
+nothing, so they need not know of each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Sequence
+from typing import Final
+
+from headwater.clock import Clock
+from headwater.errors import JournalUnavailable, RecordRefused, StoreUnavailable, Unavailable
+from headwater.journal import Entry, Journal, Key
+from headwater.records import Record
+from headwater.service import Service
+from headwater.store import Store
+from headwater.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
+
+#: Records of one transaction at most.
+BATCH: Final = 500
+#: Seconds between two looks when nobody calls; another process may have died with its records unsynced.
+PERIOD: Final = 30.0
+#: Seconds before the first try while PostgreSQL is away; doubles up to MAX_BACKOFF.
+FIRST_BACKOFF: Final = 0.5
+MAX_BACKOFF: Final = 10.0
+
+
+class Syncer(Service):
+    """Saves records: the journal first, then PostgreSQL as soon as it answers."""
+
+    def __init__(self, journal: Journal, store: Store, *, telemetry: Telemetry, clock: Clock) -> None:
+        super().__init__()
+        self._journal = journal
+        self._store = store
+        self._telemetry = telemetry
+        self._clock = clock
+        #: PostgreSQL did not answer last time; callers skip waiting.
+        self.away = False
+        self._wake = asyncio.Event()
+        self._one_at_a_time = asyncio.Lock()
+        self._batch = BATCH
+        #: Who waits, by the last position of what they saved.
+        self._waiting: dict[asyncio.Future[None], int] = {}
+
+    async def save(self, records: Sequence[Record], *, wait: float = 1.0, key: Key | None = None) -> Key | None:
+        """Make records durable, then wait at most `wait` seconds until PostgreSQL has them.
+
+        With `wait` 0, or while PostgreSQL is away, it does not wait at all. Returns the earlier Key
+        if `key` was used before; then nothing was saved. Raises JournalUnavailable and
+        RecordRefused; never StoreUnavailable, for what is in the journal will arrive.
+
+        Inside a turn of the same chat, call it with `wait` 0: the turn's lock holds off the syncer.
+        """
+        added = await self._journal.add(records, key)
+        if not added.positions:
+            return added.earlier
+        self._wake.set()
+        if wait > 0 and not self.away and self.started.is_set():
+            await self._stored(added.positions[-1], wait)
+        return None
+
+    async def sync(self) -> int:
+        """Apply everything that waits now; the number applied.
+
+        Raises StoreUnavailable when PostgreSQL is away; what was applied until then stays applied.
+        """
+        applied = 0
+        async with self._one_at_a_time:
+            try:
+                while entries := await self._next():
+                    applied += await self._apply(entries)
+                    # A batch that was too much for the time limit was halved; feel the way back.
+                    self._batch = min(BATCH, self._batch * 2)
+            except StoreUnavailable as error:
+                self._batch = max(1, self._batch // 2)
+                self._gone(error)
+                raise
+            finally:
+                await self._measure()
+            self._back()
+        return applied
+
+    async def run(self) -> None:
+        backoff = FIRST_BACKOFF
+        while True:
+            self._wake.clear()
+            try:
+                await self.sync()
+            except Unavailable as error:
+                logger.debug("next try in about %.1f s: %s", backoff, error)
+                await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
+                backoff = min(backoff * 2, MAX_BACKOFF)
+                continue
+            backoff = FIRST_BACKOFF
+            try:
+                async with asyncio.timeout(PERIOD):
+                    await self._wake.wait()
+            except TimeoutError:
+                logger.debug("a look after %.0f s without a call", PERIOD)
+
+    async def close(self) -> None:
+        self._release()
+
+    async def _next(self) -> list[Entry]:
+        # Noted before the look: whoever waits now is answered by a look that finds nothing.
+        waiting = list(self._waiting)
+        entries = await self._journal.unsynced(self._batch)
+        if not entries:
+            for future in waiting:
+                _resolve(future)
+        return entries
+
+    async def _apply(self, entries: Sequence[Entry]) -> int:
+        """Apply a batch; should PostgreSQL refuse it, find the record it means by halving, and set that one aside."""
+        try:
+            await self._store.apply([entry.record for entry in entries])
+        except RecordRefused as error:
+            if len(entries) > 1:
+                middle = len(entries) // 2
+                return await self._apply(entries[:middle]) + await self._apply(entries[middle:])
+            await self._set_aside(entries[0], error)
+            return 0
+        # Before the mark is on the disk: without it the records are applied once more, which changes nothing.
+        self._release(entries[-1].position)
+        await self._journal.mark_synced([entry.position for entry in entries])
+        self._telemetry.count("headwater_synced_total", len(entries))
+        return len(entries)
+
+    async def _set_aside(self, entry: Entry, error: RecordRefused) -> None:
+        record = entry.record
+        logger.error("The %s %s is set aside, PostgreSQL will never take it: %s", record.kind, record.id, error)
+        await self._journal.set_aside(entry.position, str(error))
+        self._release(entry.position)
+
+    async def _stored(self, position: int, wait: float) -> None:
+        future = asyncio.get_running_loop().create_future()
+        self._waiting[future] = position
+        try:
+            async with asyncio.timeout(wait):
+                await future
+        except TimeoutError:
+            logger.debug("PostgreSQL has not got record %d within %.1f s; it will", position, wait)
+        finally:
+            del self._waiting[future]
+
+    def _release(self, position: int | None = None) -> None:
+        """Answer those who wait for records up to `position`; all, without one."""
+        for future, wanted in self._waiting.items():
+            if position is None or wanted <= position:
+                _resolve(future)
+
+    def _gone(self, error: StoreUnavailable) -> None:
+        if not self.away:
+            logger.warning("PostgreSQL is away; the journal keeps what comes: %s", error)
+        self.away = True
+        self._release()
+
+    def _back(self) -> None:
+        if self.away:
+            logger.warning("PostgreSQL is back and has everything")
+        self.away = False
+
+    async def _measure(self) -> None:
+        try:
+            backlog = await self._journal.backlog()
+        except JournalUnavailable as error:
+            logger.warning("the backlog cannot be measured: %s", error)
+            return
+        self._telemetry.gauge("headwater_journal_backlog", backlog.count)
+        self._telemetry.gauge("headwater_journal_backlog_age_seconds", (backlog.oldest_ms or 0) / 1000)
+        self._telemetry.gauge("headwater_journal_poison", backlog.poison)
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -1,0 +1,267 @@
+"""Server-sent events as a plain ASGI endpoint: one waiter and one write per batch, nothing between.
+
+    GET /api/stream/{task_id}           one run; `Last-Event-ID`, else `?after=<cursor>`
+    GET /api/stream?runs=<id>[:<cursor>],…   up to 64 runs on one connection
+
+`Last-Event-ID` wins over `after`: an EventSource that reconnects repeats its first address, so the
+header is the newer of the two. On a stream of several runs a cursor belongs to one run and
+`Last-Event-ID` cannot say which; there the address alone counts.
+
+Errors before the first byte are raised, and become problem documents above. After it a stream
+ends; the client comes back with its cursor and loses nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import AsyncGenerator, Callable
+from typing import Any, Final
+from urllib.parse import parse_qs
+
+from starlette.exceptions import HTTPException
+
+from headwater.access import Caller
+from headwater.errors import InvalidInput, LogUnavailable, NotFound
+from headwater.events import Cursor, EventType
+from headwater.formats.base import Format
+from headwater.formats.native import HEARTBEAT, Native, NativeOf, said
+from headwater.hub import Hub, Subscription
+from headwater.ids import is_id
+from headwater.transports.base import May, Read, Receive, Scope, Send, Stream, Streams, cursor_of
+
+logger = logging.getLogger(__name__)
+
+#: Runs on one connection; their ids and cursors keep the address under 8 KiB.
+MAX_RUNS: Final = 64
+#: Seconds of silence on a stream of several runs after which a heartbeat is worth its bytes.
+QUIET: Final = 5.0
+
+HEADERS: Final = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store, no-transform"),
+    # nginx and what descends from it hold a response back unless told not to.
+    (b"x-accel-buffering", b"no"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+)
+
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class StreamEndpoint:
+    """`endpoint(scope, receive, send, caller, run_id)`; `run_id` None for several runs by `?runs=`."""
+
+    def __init__(self, hub: Hub, streams: Streams, *, may: May, read: Read, form: Format | None = None) -> None:
+        self._hub = hub
+        self._streams = streams
+        self._may = may
+        self._read = read
+        self._format = form or Native()
+
+    async def __call__(
+        self, scope: Scope, receive: Receive, send: Send, caller: Caller, run_id: str | None, request_id: str = ""
+    ) -> None:
+        """Answer one request. Raises RequestError or Unavailable before anything was sent."""
+        if scope["method"] != "GET":
+            raise HTTPException(405, "A stream is read with GET.", headers={"Allow": "GET"})
+        query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+        headers = [*HEADERS, (b"x-request-id", request_id.encode())] if request_id else [*HEADERS]
+        if run_id is None:
+            await self._many(_runs(query), caller, headers, receive, send)
+        else:
+            await self._one(run_id, _after(scope, query), caller, headers, receive, send)
+
+    async def _one(
+        self, run_id: str, after: Cursor | None, caller: Caller, headers: Headers, receive: Receive, send: Send
+    ) -> None:
+        if not is_id(run_id):
+            raise InvalidInput("The task id is not a UUID in its canonical form.", field="task_id")
+        await self._may(caller, run_id)
+        if after is not None and await self._past_end(run_id, after):
+            await _no_content(send, headers)
+            return
+        subscription = self._hub.subscribe(run_id, after)
+        try:
+            with self._streams.open("sse", caller.owner_id, subscription.close, _cutter(send)) as stream:
+                await _respond(stream, headers, _frames(subscription, self._format), receive, send)
+        finally:
+            subscription.close()
+
+    async def _many(
+        self, runs: dict[str, Cursor | None], caller: Caller, headers: Headers, receive: Receive, send: Send
+    ) -> None:
+        unknown: list[str] = []
+        follow: dict[str, Cursor | None] = {}
+        for run_id, after in runs.items():
+            try:
+                await self._may(caller, run_id)
+            except NotFound:
+                unknown.append(run_id)
+                continue
+            if after is None or not await self._past_end(run_id, after):
+                follow[run_id] = after
+        if not follow and not unknown:
+            await _no_content(send, headers)
+            return
+        subscriptions = {run_id: self._hub.subscribe(run_id, after) for run_id, after in follow.items()}
+
+        def close() -> None:
+            for subscription in subscriptions.values():
+                subscription.close()
+
+        try:
+            with self._streams.open("sse", caller.owner_id, close, _cutter(send)) as stream:
+                await _respond(stream, headers, _merged(subscriptions, unknown), receive, send)
+        finally:
+            close()
+
+    async def _past_end(self, run_id: str, after: Cursor) -> bool:
+        try:
+            page = await self._read(run_id, after.seq, 1)
+        except LogUnavailable:
+            # Nobody can tell now; the stream waits for Redis and ends at once if it was over.
+            return False
+        return page is not None and page.closed and page.epoch == after.epoch and after.seq >= page.count
+
+
+async def _respond(
+    stream: Stream, headers: Headers, frames: AsyncGenerator[tuple[bytes, bool]], receive: Receive, send: Send
+) -> None:
+    """Headers, then frames until the runs end or the stream must. Never raises for a reader that is gone."""
+    loop = asyncio.get_running_loop()
+    watcher = asyncio.create_task(_watch(receive, stream))
+    try:
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        # Something must follow the headers at once: servers and proxies hold them back until the first byte.
+        await send(_body(_retry()))
+        async with contextlib.aclosing(frames):
+            async for frame, last in frames:
+                stream.sending_since = loop.time()
+                await send(_body(frame, more=not last))
+                stream.sending_since = None
+                if last or stream.ending in ("gone", "slow"):
+                    break
+            else:
+                await _farewell(stream, send)
+        if stream.ending == "slow":
+            # The server must have seen the cut before we return, or it reports a response left unfinished.
+            await asyncio.wait([watcher], timeout=1.0)
+    except Exception:
+        # The status line is out, so no problem document can follow. The client comes back with its cursor.
+        logger.exception("a stream broke and is cut")
+        stream.abort()
+    finally:
+        watcher.cancel()
+
+
+async def _farewell(stream: Stream, send: Send) -> None:
+    if stream.ending in ("gone", "slow"):
+        return
+    goodbye = b": the server stops, come back in a moment\n" + _retry() if stream.ending else b""
+    await send(_body(goodbye, more=False))
+
+
+async def _frames(subscription: Subscription, form: Format) -> AsyncGenerator[tuple[bytes, bool]]:
+    while (batch := await subscription.next()) is not None:
+        last = bool(batch.events) and batch.events[-1].terminal
+        yield form.render(batch) or HEARTBEAT, last
+        if last:
+            return
+
+
+async def _merged(subscriptions: dict[str, Subscription], unknown: list[str]) -> AsyncGenerator[tuple[bytes, bool]]:
+    """The frames of several runs as they come; `last` when every run has ended."""
+    for run_id in unknown:
+        data = {"code": NotFound.code, "message": "There is no such run.", "retryable": False}
+        yield said(run_id, EventType.ERROR, data), False
+    # Bounded: a slow reader makes the pumps wait, and then the hub bounds what each run may pile up.
+    queue: asyncio.Queue[tuple[bytes, bool]] = asyncio.Queue(maxsize=16)
+
+    async def pump(run_id: str, subscription: Subscription) -> None:
+        try:
+            async for frame, _ in _frames(subscription, NativeOf(run_id)):
+                await queue.put((frame, False))
+        except Exception:
+            logger.exception("run %s on a stream of several broke", run_id)
+        await queue.put((b"", True))
+
+    loop = asyncio.get_running_loop()
+    pumps = [asyncio.create_task(pump(run_id, one)) for run_id, one in subscriptions.items()]
+    live, sent = len(pumps), loop.time()
+    try:
+        while live:
+            frame, ended = await queue.get()
+            live -= ended
+            if not frame or (frame is HEARTBEAT and loop.time() - sent < QUIET):
+                continue
+            sent = loop.time()
+            yield frame, False
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def _watch(receive: Receive, stream: Stream) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    stream.end("gone")
+
+
+async def _no_content(send: Send, headers: Headers) -> None:
+    """Past the end: an EventSource that gets 204 does not come back."""
+    kept = [(name, value) for name, value in headers if name != b"content-type"]
+    await send({"type": "http.response.start", "status": 204, "headers": kept})
+    await send(_body(b"", more=False))
+
+
+def _body(data: bytes, *, more: bool = True) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": data, "more_body": more}
+
+
+def _retry() -> bytes:
+    # Spread out, so that a thousand readers of a restarted server do not knock at the same moment.
+    return b"retry: %d\n\n" % random.randint(1000, 3000)
+
+
+def _cutter(send: Send) -> Callable[[], None]:
+    """What cuts the connection under `send`.
+
+    ASGI has no word for it. uvicorn keeps the transport on the object whose method `send` is; with
+    another server the task is cancelled instead, which ends the write as well.
+    """
+    cut = getattr(getattr(getattr(send, "__self__", None), "transport", None), "abort", None)
+    task = asyncio.current_task()
+
+    def abort() -> None:
+        if callable(cut):
+            cut()
+        elif task is not None:
+            task.cancel()
+
+    return abort
+
+
+def _after(scope: Scope, query: dict[str, list[str]]) -> Cursor | None:
+    last_event_id = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"last-event-id"), "")
+    return cursor_of(last_event_id.strip() or query.get("after", [""])[-1])
+
+
+def _runs(query: dict[str, list[str]]) -> dict[str, Cursor | None]:
+    """`<id>[:<cursor>],…` as a mapping; a run named twice counts with its last cursor."""
+    parts = [part.strip() for text in query.get("runs", []) for part in text.split(",") if part.strip()]
+    if not parts:
+        raise InvalidInput("Name the runs to follow: ?runs=<id>[:<cursor>],…", field="runs")
+    if len(parts) > MAX_RUNS:
+        raise InvalidInput(f"At most {MAX_RUNS} runs fit on one stream, these are {len(parts)}.", field="runs")
+    runs: dict[str, Cursor | None] = {}
+    for part in parts:
+        run_id, _, cursor = part.partition(":")
+        if not is_id(run_id):
+            raise InvalidInput(f"{run_id[:60]!r} is not a run's id.", field="runs")
+        runs[run_id] = cursor_of(cursor)
+    return runs

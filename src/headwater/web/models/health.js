@@ -1,0 +1,69 @@
+/** How the system is: asked every ten seconds while somebody looks at the page. */
+import { request } from "./api.js";
+
+const EVERY = 10_000; // ms
+const ENTRIES = 300; // lines of the system log
+
+/** The last things that happened, for the system log. */
+export class SystemLog {
+  /** @type {{ n: number, at: number, level: "info" | "good" | "warn" | "bad", text: string }[]} newest last */
+  entries = [];
+  #n = 0;
+  #changed;
+
+  constructor(changed) {
+    this.#changed = changed;
+  }
+
+  add(level, text) {
+    this.entries = [...this.entries.slice(1 - ENTRIES), { n: ++this.#n, at: Date.now(), level, text }];
+    this.#changed();
+  }
+}
+
+export class Health {
+  /** The last answer of `/api/health`; null before the first and while the server cannot be reached. */
+  report = null;
+  reachable = true;
+  #summary = "";
+  #timer = null;
+  #log;
+  #changed;
+
+  constructor({ log, changed }) {
+    this.#log = log;
+    this.#changed = changed;
+  }
+
+  watch() {
+    clearInterval(this.#timer);
+    this.#timer = null;
+    if (document.hidden) return;
+    this.#timer = setInterval(() => this.check(), EVERY);
+    this.check();
+  }
+
+  async check() {
+    try {
+      this.report = await request("GET", "/api/health");
+      this.reachable = true;
+    } catch (error) {
+      // A server that is down says so in the body of a 503.
+      this.report = error.problem?.parts ? error.problem : null;
+      this.reachable = error.code !== "unreachable";
+    }
+    const summary = this.reachable ? describe(this.report) : "The server cannot be reached.";
+    if (summary !== this.#summary) {
+      const level = !this.reachable || this.report?.status === "down" ? "bad" : this.report?.status === "ok" ? "good" : "warn";
+      this.#log.add(level, summary);
+      this.#summary = summary;
+    }
+    this.#changed();
+  }
+}
+
+function describe(report) {
+  if (!report) return "The health of the server is not known.";
+  const away = Object.entries(report.parts ?? {}).filter(([, part]) => part?.ok === false).map(([name]) => name);
+  return `System ${report.status}${away.length ? `: ${away.join(", ")} away` : ""}.`;
+}

@@ -1,0 +1,87 @@
+"""The worker's composition root: every part a run needs, made and started in order on one event loop."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from celery import Celery
+
+from headwater import providers, streams
+from headwater.clock import Clock, SystemClock
+from headwater.journal import Journal
+from headwater.overlay import Overlay
+from headwater.pipelines.base import Pipeline
+from headwater.pipelines.chat import ChatPipeline
+from headwater.queue import Dispatcher
+from headwater.runner import Runner
+from headwater.service import running
+from headwater.settings import Settings
+from headwater.store import Store
+from headwater.sweeper import BATCH, Sweeper
+from headwater.syncer import Syncer
+from headwater.telemetry import Telemetry
+
+#: Milliseconds a journalled record stays after PostgreSQL has it.
+KEEP_SYNCED_MS: Final = 7 * 86_400_000
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """The parts of one worker process."""
+
+    runner: Runner
+    sweeper: Sweeper
+    syncer: Syncer
+    journal: Journal
+    clock: Clock
+
+    async def sync(self) -> int:
+        """Bring the journal to PostgreSQL and delete what has long been there. Raises StoreUnavailable."""
+        applied = await self.syncer.sync()
+        await self.journal.prune(self.clock.now_ms() - KEEP_SYNCED_MS)
+        return applied
+
+
+@asynccontextmanager
+async def open_graph(settings: Settings, celery: Celery) -> AsyncIterator[Graph]:
+    """Make and start every part; stop them in reverse order. Raises JournalUnavailable, SettingsError."""
+    telemetry, clock = Telemetry(), SystemClock()
+    async with AsyncExitStack() as stack:
+        log = streams.connect(settings.need_redis(), ttl=settings.stream_ttl, lease_seconds=settings.lease_seconds)
+        stack.push_async_callback(log.close)
+        journal = Journal(settings.journal_file, clock=clock, telemetry=telemetry)
+        stack.push_async_callback(journal.close)
+        await journal.open()
+        store = Store(
+            settings.need_database(), pool_size=settings.db_pool_size, wait=settings.db_wait, telemetry=telemetry
+        )
+        stack.push_async_callback(store.close)
+        provider = providers.connect(settings, telemetry)
+        stack.push_async_callback(provider.close)
+        pipelines: dict[str, Pipeline] = {ChatPipeline.kind: ChatPipeline(provider, settings)}
+        syncer = Syncer(journal, store, telemetry=telemetry, clock=clock)
+        dispatcher = Dispatcher(celery, telemetry=telemetry)
+        runner = Runner(
+            log,
+            pipelines,
+            lambda records: syncer.save(records, wait=settings.db_wait),
+            clock=clock,
+            telemetry=telemetry,
+            settings=settings,
+            known=Overlay(store, journal).run,
+            requeue=dispatcher.enqueue,
+        )
+        sweeper = Sweeper(
+            log,
+            unfinished=lambda: store.runs.unfinished(older_than=settings.queue_grace, limit=BATCH),
+            enqueue=dispatcher.enqueue,
+            repair=runner.repair,
+            clock=clock,
+            telemetry=telemetry,
+            grace=settings.queue_grace,
+        )
+        async with running(syncer, dispatcher, runner.leases, sweeper):
+            yield Graph(runner, sweeper, syncer, journal, clock)

@@ -1,0 +1,409 @@
+"""Runs executed by real Celery workers over real Redis and PostgreSQL, with a scripted model's API."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from headwater import streams
+from headwater.events import Event, EventType
+from headwater.ids import new_id
+from headwater.messages import Chat, Message, MessageStatus, Role
+from headwater.queue import RUN_TASK, make_celery, queue_of
+from headwater.records import Record
+from headwater.runs import Run, RunState
+from headwater.settings import Settings
+from headwater.store import Store
+from headwater.streams.base import StreamLog
+from headwater.telemetry import Telemetry
+from headwater.transcript import Transcript
+from support.openai_scenarios import answer
+from support.openai_server import OpenAIServer
+from support.stack import Stack, StackMaker
+from support.wait import eventually
+
+#: A lease as short as it may be, so that a dead worker is noticed soon.
+QUICK = {"HEADWATER_LEASE_SECONDS": "1", "HEADWATER_QUEUE_GRACE": "2", "HEADWATER_WORKER_CONCURRENCY": "4"}
+POOLS = ["threads", "prefork"]
+
+
+@dataclass
+class Client:
+    """What a server does for a message: rows, log, queue. And what a reader sees."""
+
+    log: StreamLog
+    store: Store
+    celery: Celery
+
+    async def accept(self, question: str) -> Run:
+        """A question with its rows and its announcement, not yet enqueued."""
+        now = 1_767_225_600_000
+        chat = Chat(new_id(), "local", now, now, title="Test")
+        asked = Message(new_id(), chat.id, "local", Role.USER, question, now)
+        run = Run(
+            id=new_id(),
+            kind="chat",
+            owner_id="local",
+            input={"messages": [{"role": "user", "content": question}], "parent_id": asked.id},
+            created_at=now,
+            chat_id=chat.id,
+            message_id=new_id(),
+        )
+        answering = Message(
+            str(run.message_id), chat.id, "local", Role.ASSISTANT, "", now, MessageStatus.PROCESSING, asked.id,
+            run_id=run.id,
+        )  # fmt: skip
+        await self.store.apply([Record.of(thing) for thing in (chat, asked, answering, run)])
+        await self.log.open(run, 15)
+        return run
+
+    def ring(self, run: Run) -> None:
+        self.celery.send_task(RUN_TASK, args=[run.to_json()], task_id=run.id, queue=queue_of(run))
+
+    async def send(self, question: str) -> Run:
+        run = await self.accept(question)
+        await asyncio.to_thread(self.ring, run)
+        return run
+
+    async def events(self, run: Run) -> list[Event]:
+        page = await self.log.read(run.id, 0, 100_000)
+        return list(page.events) if page is not None else []
+
+    async def ended(self, run: Run, timeout: float = 40) -> list[Event]:
+        """All events, once the log is closed."""
+
+        async def closed() -> list[Event] | None:
+            events = await self.events(run)
+            return events if events and events[-1].terminal else None
+
+        events = await eventually(closed, timeout, every=0.05)
+        assert events is not None
+        return events
+
+    async def speaking(self, run: Run, pieces: int = 1) -> None:
+        """Wait until the answer has begun."""
+
+        async def said() -> bool:
+            return sum(event.type is EventType.CONTENT for event in await self.events(run)) >= pieces
+
+        await eventually(said, 30)
+
+    async def row(self, run: Run) -> Run:
+        """The run's row, once it has ended."""
+
+        async def stored() -> Run | None:
+            row = await self.store.runs.get(run.id)
+            return row if row is not None and row.state.terminal else None
+
+        row = await eventually(stored, 20, every=0.05)
+        assert row is not None
+        return row
+
+    async def state(self, run: Run) -> str:
+        """What Celery says of the task."""
+        return str(await asyncio.to_thread(lambda: self.celery.AsyncResult(run.id).state))
+
+
+@asynccontextmanager
+async def client_of(stack: Stack) -> AsyncIterator[Client]:
+    settings = Settings(redis_url=stack.redis_url)
+    log = streams.connect(stack.redis_url)
+    store = Store(stack.database_url, pool_size=2, wait=5, telemetry=Telemetry())
+    celery = make_celery(settings)
+    try:
+        yield Client(log, store, celery)
+    finally:
+        await asyncio.to_thread(celery.close)
+        await store.close()
+        await log.close()
+
+
+def check_whole(events: list[Event], text: str) -> None:
+    """Dense numbers, one terminal event, and the text behind the last reset."""
+    assert [event.seq for event in events] == list(range(1, len(events) + 1))
+    assert [event.type for event in events if event.terminal] == [EventType.DONE]
+    assert Transcript.of(events).content == text
+
+
+async def hold_of(client: Client, run: Run) -> str:
+    """Who holds the run: `host:pid:…`."""
+    import redis.asyncio
+
+    async with redis.asyncio.Redis.from_url(str(client.celery.conf.broker_url), decode_responses=True) as raw:
+        return str(await raw.hget(f"stream:{{{run.id}}}:metadata", "holder"))
+
+
+@pytest.mark.parametrize("pool", POOLS)
+async def test_a_run_streams_and_ends_in_the_database(make_stack: StackMaker, pool: str) -> None:
+    stack = await make_stack(servers=0, settings={**QUICK, "HEADWATER_WORKER_POOL": pool})
+    async with client_of(stack) as client:
+        question = "How far is the sea? [[words:60]][[rate:100]]"
+        run = await client.accept(question)
+        assert await client.state(run) == "PENDING"
+        client.ring(run)
+        await client.speaking(run)
+        assert await client.state(run) == "STARTED"
+        events = await client.ended(run)
+        check_whole(events, answer(question, 60))
+        assert events[0].data["state"] == "running"
+        assert events[-1].data["usage"]["completion_tokens"] == 60
+        row = await client.row(run)
+        assert (row.state, row.attempt) == (RunState.DONE, 1)
+        message = await client.store.chats.message(str(run.message_id))
+        assert message is not None
+        assert (message.content, message.status) == (answer(question, 60), MessageStatus.DONE)
+        assert await client.state(run) == "SUCCESS"
+        result = await asyncio.to_thread(lambda: client.celery.AsyncResult(run.id).get(timeout=5))
+        assert (result["run_id"], result["status"]) == (run.id, "done")
+
+
+async def test_celery_tells_failed_and_cancelled_runs_apart(make_stack: StackMaker) -> None:
+    stack = await make_stack(servers=0, settings=QUICK)
+    async with client_of(stack) as client:
+        failing, slow = await client.send("[[scenario:auth]]"), await client.send("[[scenario:slow]]")
+        error = (await client.ended(failing))[-1]
+        assert (error.type, error.data["code"]) == (EventType.ERROR, "provider_auth")
+        assert await client.state(failing) == "FAILURE"
+        await client.speaking(slow)
+        await client.log.cancel(slow.id)
+        events = await client.ended(slow)
+        assert events[-1].type is EventType.CANCELLED
+        assert await client.state(slow) == "REVOKED"
+        assert await client.state(await client.accept("never sent")) == "PENDING"
+        kept = await client.store.chats.message(str(slow.message_id))
+        assert kept is not None
+        assert kept.content == Transcript.of(events).content != ""
+        assert kept.status is MessageStatus.CANCELLED
+
+
+async def test_a_cancel_closes_the_call_to_the_model(make_stack: StackMaker, openai_server: OpenAIServer) -> None:
+    stack = await make_stack(servers=0, settings=QUICK)
+    async with client_of(stack) as client:
+        # Says three words and nothing more, so that only the renewal can tell of the cancel.
+        run = await client.send(f"[[scenario:hang]] {new_id()}")
+        await client.speaking(run)
+        await client.log.cancel(run.id)
+        assert (await client.ended(run))[-1].type is EventType.CANCELLED
+        request = next(each for each in openai_server.chats if run.input["messages"][0]["content"] == each.question)
+        await eventually(lambda: request.disconnected_at is not None)
+
+
+async def test_the_same_task_sent_three_times_gives_one_stream(make_stack: StackMaker) -> None:
+    stack = await make_stack(servers=0, workers=2, settings=QUICK)
+    async with client_of(stack) as client:
+        question = f"Once? {new_id()} [[words:40]][[rate:50]]"
+        run = await client.accept(question)
+        for _ in range(3):
+            client.ring(run)
+        check_whole(await client.ended(run), answer(question, 40))
+        client.ring(run)
+        other = await client.send("[[scenario:hello]]")
+        await client.ended(other)
+        assert len(await client.events(run)) == (await client.log.metas([run.id]))[0].count  # type: ignore[union-attr]
+        assert [event.type for event in await client.events(run) if event.terminal] == [EventType.DONE]
+
+
+@pytest.mark.parametrize("pool", POOLS)
+async def test_a_worker_killed_in_the_middle_is_replaced_and_the_answer_begins_again(
+    make_stack: StackMaker, pool: str
+) -> None:
+    stack = await make_stack(servers=0, workers=2, settings={**QUICK, "HEADWATER_WORKER_POOL": pool})
+    async with client_of(stack) as client:
+        question = f"Who is there? {new_id()} [[words:60]][[rate:30]]"
+        run = await client.send(question)
+        await client.speaking(run, 3)
+        await kill_holder(client, stack, run)
+        events = await client.ended(run)
+        check_whole(events, answer(question, 60))
+        resets = [event for event in events if event.type is EventType.RESET]
+        assert [event.data["reason"] for event in resets] == ["worker_lost"]
+        assert (await client.row(run)).attempt == 2
+
+
+async def test_a_worker_killed_before_the_first_token_is_replaced_without_a_reset(
+    make_stack: StackMaker, openai_server: OpenAIServer
+) -> None:
+    stack = await make_stack(servers=0, workers=2, settings=QUICK)
+    async with client_of(stack) as client:
+        name = f"later-{new_id()}"
+        openai_server.load({"scenarios": {name: {"steps": [{"words": 5}], "before": [{"wait": name}]}}})
+        question = f"[[scenario:{name}]]"
+        run = await client.send(question)
+        await eventually(lambda: any(each.question == question for each in openai_server.chats))
+        await kill_holder(client, stack, run)
+        openai_server.release(name)
+        events = await client.ended(run)
+        check_whole(events, answer(question, 5))
+        assert EventType.RESET not in {event.type for event in events}
+        assert [event.data["attempt"] for event in events if event.type is EventType.STATE] == [1, 2]
+
+
+async def test_a_run_that_kills_every_worker_fails_after_three_attempts(make_stack: StackMaker) -> None:
+    stack = await make_stack(servers=0, settings=QUICK)
+    async with client_of(stack) as client:
+        run = await client.send(f"[[scenario:hang]] {new_id()}")
+        for attempt in (1, 2, 3):
+            await eventually(lambda attempt=attempt: attempt_is(client, run, attempt), 30, every=0.05)
+            stack.worker.kill()
+            await stack.worker.restart()
+        events = await client.ended(run)
+        assert (events[-1].type, events[-1].data["code"]) == (EventType.ERROR, "worker_lost")
+        assert (await client.row(run)).state is RunState.FAILED
+
+
+async def test_a_stopped_worker_that_wakes_up_late_writes_nothing(make_stack: StackMaker) -> None:
+    stack = await make_stack(servers=0, workers=2, settings=QUICK)
+    async with client_of(stack) as client:
+        question = f"Zombie? {new_id()} [[words:60]][[rate:30]]"
+        run = await client.send(question)
+        await client.speaking(run, 3)
+        zombie = await holder_of(client, stack, run)
+        stack.workers[zombie].signal(signal.SIGSTOP)
+        events = await client.ended(run)
+        stack.workers[zombie].signal(signal.SIGCONT)
+        check_whole(events, answer(question, 60))
+        # Awake again, it takes new work, and by then it has been told to stop.
+        await eventually(lambda: "another one has it" in stack.workers[zombie].log(), 15)
+        assert await client.events(run) == events
+
+
+@pytest.mark.parametrize("pool", POOLS)
+async def test_a_worker_told_to_end_hands_its_run_over_at_once(make_stack: StackMaker, pool: str) -> None:
+    # The usual lease and grace: neither may be what the hand-over waits for.
+    settings = {"HEADWATER_WORKER_POOL": pool, "HEADWATER_WORKER_CONCURRENCY": "4", "HEADWATER_LEASE_SECONDS": "600"}
+    stack = await make_stack(servers=0, workers=2, settings=settings)
+    async with client_of(stack) as client:
+        question = f"Hand over? {new_id()} [[words:200]][[rate:20]]"
+        run = await client.send(question)
+        await client.speaking(run, 3)
+        leaving = await holder_of(client, stack, run)
+        # The answer takes ten seconds; the worker may not wait for it.
+        await stack.workers[leaving].terminate(timeout=8)
+        events = await client.ended(run)
+        check_whole(events, answer(question, 200))
+        assert [event.data["reason"] for event in events if event.type is EventType.RESET] == ["handed_over"]
+
+
+async def test_a_lonely_worker_goes_on_with_its_run_after_a_restart(make_stack: StackMaker) -> None:
+    stack = await make_stack(servers=0, settings={**QUICK, "HEADWATER_LEASE_SECONDS": "600"})
+    async with client_of(stack) as client:
+        question = f"Alone? {new_id()} [[words:60]][[rate:30]]"
+        run = await client.send(question)
+        await client.speaking(run, 3)
+        await stack.worker.restart()
+        check_whole(await client.ended(run), answer(question, 60))
+
+
+async def test_a_run_that_no_message_told_of_is_found_by_the_sweeper(make_stack: StackMaker) -> None:
+    stack = await make_stack(servers=0, settings=QUICK)
+    async with client_of(stack) as client:
+        run = await client.accept("[[scenario:hello]]")
+        await client.log.open(run, 0.1)
+        check_whole(await client.ended(run), "Hello, world")
+
+
+async def test_a_run_that_redis_forgot_is_found_by_its_row(make_stack: StackMaker) -> None:
+    stack = await make_stack(servers=0, settings=QUICK, start=False)
+    async with client_of(stack) as client:
+        run = await client.accept("[[scenario:hello]]")
+        await client.log.forget(run.id)
+        await stack.start()
+        check_whole(await client.ended(run), "Hello, world")
+        assert (await client.row(run)).state is RunState.DONE
+
+
+async def test_a_redis_that_comes_back_empty_is_written_again_under_the_same_epoch(make_stack: StackMaker) -> None:
+    stack = await make_stack(servers=0, settings=QUICK)
+    async with client_of(stack) as client:
+        question = f"Forgotten? {new_id()} [[words:80]][[rate:30]]"
+        run = await client.send(question)
+        await client.speaking(run, 5)
+        before = await client.log.meta(run.id)
+        import redis.asyncio
+
+        async with redis.asyncio.Redis.from_url(stack.redis_url) as raw:
+            await raw.flushall()
+        check_whole(await client.ended(run), answer(question, 80))
+        after = await client.log.meta(run.id)
+        assert before is not None
+        assert after is not None
+        assert (after.epoch, after.attempt) == (before.epoch, 1)
+
+
+async def test_a_redis_that_is_frozen_for_a_while_loses_nothing(make_stack: StackMaker) -> None:
+    stack = await make_stack(servers=0, settings=QUICK)
+    assert stack.redis_server is not None
+    async with client_of(stack) as client:
+        question = f"Frozen? {new_id()} [[words:60]][[rate:30]]"
+        run = await client.send(question)
+        await client.speaking(run, 5)
+        os.kill(stack.redis_server.pid, signal.SIGSTOP)
+        # Until the worker has noticed; the lease runs out meanwhile.
+        await eventually(lambda: "goes on in memory" in stack.worker.log(), 20)
+        os.kill(stack.redis_server.pid, signal.SIGCONT)
+        check_whole(await client.ended(run), answer(question, 60))
+
+
+async def test_celerys_own_command_starts_a_worker_that_inspect_can_ask(make_stack: StackMaker) -> None:
+    stack = await make_stack(servers=0, workers=0, settings=QUICK)
+    command = [sys.executable, "-m", "celery", "-A", "headwater.worker"]
+    worker = [*command, "worker", "--pool=threads", "--concurrency=4", "--loglevel=INFO", "-E"]
+    with (stack.folder / "celery.log").open("wb") as output:
+        process = subprocess.Popen(worker, env=stack.environment, stdout=output, stderr=output, start_new_session=True)
+    try:
+        async with client_of(stack) as client:
+            run = await client.send(f"[[scenario:slow]] {new_id()}")
+            await client.speaking(run)
+            active = await inspected(client, "active")
+            assert [task["id"] for task in active] == [run.id]
+            stats = await asyncio.to_thread(lambda: client.celery.control.inspect(timeout=5).stats())
+            assert [each["pool"]["max-concurrency"] for each in stats.values()] == [4]
+            shown = await asyncio.to_thread(
+                lambda: subprocess.run(
+                    [*command, "inspect", "registered"], env=stack.environment, capture_output=True, check=True
+                )
+            )
+            assert b"headwater.run" in shown.stdout
+            await client.log.cancel(run.id)
+            assert (await client.ended(run))[-1].type is EventType.CANCELLED
+    finally:
+        process.terminate()
+        try:
+            code = await asyncio.to_thread(process.wait, 15)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert code == 0
+
+
+async def inspected(client: Client, what: str) -> list[dict[str, Any]]:
+    answers = await asyncio.to_thread(lambda: getattr(client.celery.control.inspect(timeout=5), what)())
+    return [task for tasks in answers.values() for task in tasks]
+
+
+async def attempt_is(client: Client, run: Run, attempt: int) -> bool:
+    meta = await client.log.meta(run.id)
+    return meta is not None and meta.attempt == attempt and meta.status is RunState.RUNNING
+
+
+async def holder_of(client: Client, stack: Stack, run: Run) -> int:
+    """Which of the stack's workers holds the run."""
+    pid = int((await hold_of(client, run)).split(":")[1])
+    pids = [worker.pid for worker in stack.workers]
+    # A child of the prefork pool has its worker's session.
+    return pids.index(pid if pid in pids else os.getsid(pid))
+
+
+async def kill_holder(client: Client, stack: Stack, run: Run) -> None:
+    stack.workers[await holder_of(client, stack, run)].kill()
