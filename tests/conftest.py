@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,12 @@ _numbers = itertools.count(1)
 
 
 @pytest.fixture(scope="session")
-def servers_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("servers")
+def servers_dir() -> Iterator[Path]:
+    """Where servers keep their data. Not below pytest's own folder, which the next pytest that starts closes to others:
+    to PostgreSQL as well, which runs as another user when we are root.
+    """
+    with tempfile.TemporaryDirectory(prefix="headwater-tests-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,7 @@ class Syncer(Service):
         self._wake = asyncio.Event()
         self._one_at_a_time = asyncio.Lock()
         self._batch = BATCH
+        self._applied = 0
         #: Who waits, by the last position of what they saved.
         self._waiting: dict[asyncio.Future[None], int] = {}
 
@@ -70,11 +71,11 @@ class Syncer(Service):
 
         Raises StoreUnavailable when PostgreSQL is away; what was applied until then stays applied.
         """
-        applied = 0
         async with self._one_at_a_time:
+            before = self._applied
             try:
                 while entries := await self._next():
-                    applied += await self._apply(entries)
+                    await self._apply(entries)
                     # A batch that was too much for the time limit was halved; feel the way back.
                     self._batch = min(BATCH, self._batch * 2)
             except StoreUnavailable as error:
@@ -84,15 +85,19 @@ class Syncer(Service):
             finally:
                 await self._measure()
             self._back()
-        return applied
+            return self._applied - before
 
     async def run(self) -> None:
         backoff = FIRST_BACKOFF
         while True:
             self._wake.clear()
+            before = self._applied
             try:
                 await self.sync()
             except Unavailable as error:
+                if self._applied > before:
+                    # It is slow, not away: go on soon with the smaller batch.
+                    backoff = FIRST_BACKOFF
                 logger.debug("next try in about %.1f s: %s", backoff, error)
                 await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
                 backoff = min(backoff * 2, MAX_BACKOFF)
@@ -116,21 +121,26 @@ class Syncer(Service):
                 _resolve(future)
         return entries
 
-    async def _apply(self, entries: Sequence[Entry]) -> int:
+    async def _apply(self, entries: Sequence[Entry]) -> None:
         """Apply a batch; should PostgreSQL refuse it, find the record it means by halving, and set that one aside."""
         try:
             await self._store.apply([entry.record for entry in entries])
         except RecordRefused as error:
-            if len(entries) > 1:
+            if len(entries) == 1:
+                await self._set_aside(entries[0], error)
+            else:
                 middle = len(entries) // 2
-                return await self._apply(entries[:middle]) + await self._apply(entries[middle:])
-            await self._set_aside(entries[0], error)
-            return 0
-        # Before the mark is on the disk: without it the records are applied once more, which changes nothing.
+                await self._apply(entries[:middle])
+                await self._apply(entries[middle:])
+        else:
+            await self._mark(entries)
+
+    async def _mark(self, entries: Sequence[Entry]) -> None:
+        # Answered before the mark is on the disk: without it the records are applied once more, which changes nothing.
         self._release(entries[-1].position)
         await self._journal.mark_synced([entry.position for entry in entries])
+        self._applied += len(entries)
         self._telemetry.count("headwater_synced_total", len(entries))
-        return len(entries)
 
     async def _set_aside(self, entry: Entry, error: RecordRefused) -> None:
         record = entry.record

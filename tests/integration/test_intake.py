@@ -260,6 +260,19 @@ async def test_the_same_key_is_known_on_a_host_with_another_journal(
         assert other.queue == []
 
 
+async def test_the_same_key_on_two_hosts_at_once_is_one_run(
+    house: House, redis_url: str, database_url: str, tmp_path: Path
+) -> None:
+    async with make_house(redis_url, database_url, tmp_path / "other") as other:
+        chat = await house.intake.create_chat(ME)
+        outcomes = await asyncio.gather(
+            *(each.intake.send(ME, chat.id, "hello", key="once") for each in [house, other] * 5)
+        )
+        assert len(set(outcomes)) == 1
+        assert len(house.queue) + len(other.queue) == 1
+        assert rows(database_url, "runs") == 1
+
+
 async def test_a_key_with_another_request_is_refused(house: House, database_url: str) -> None:
     chat, other = await house.intake.create_chat(ME), await house.intake.create_chat(ME)
     first = await house.intake.send(ME, chat.id, "hello", key="once")
@@ -522,6 +535,7 @@ async def test_deleting_a_chat_stops_its_answer_and_removes_every_trace(house: H
     assert (await house.reading.list_chats(ME)).items == []
     assert rows(database_url, "messages") == rows(database_url, "runs") == 0
     assert await house.log.metas([old.task_id, accepted.task_id]) == [None, None]
+    assert await house.journal.kept(chat.id) == []
     for verb in (house.intake.send(ME, chat.id, "hello"), house.intake.delete_chat(ME, chat.id)):
         with pytest.raises(NotFound):
             await verb
@@ -532,6 +546,8 @@ async def test_deleting_a_chat_removes_what_only_the_journal_had(house: House, d
     chat = await house.intake.create_chat(ME)
     await house.intake.send(ME, chat.id, "hello")
     await house.intake.delete_chat(ME, chat.id)
+    assert (await house.reading.list_chats(ME)).items == []
+    assert await house.journal.kept(chat.id) == []
     await house.syncer.sync()
     assert rows(database_url, "messages") == rows(database_url, "runs") == 0
     assert (await house.reading.list_chats(ME)).items == []

@@ -10,9 +10,11 @@ import base64
 import gc
 import logging
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai import AsyncOpenAI
 
+import support.openai_server
 from headwater.errors import ProviderError, SettingsError
 from headwater.providers import reading
 from headwater.providers.base import ChatRequest, Delta
@@ -475,6 +478,26 @@ async def test_a_connection_that_is_never_taken_times_out_and_is_tried_again(sle
 
     assert caught.value.code == "provider_timeout"
     assert len(sleeps.seconds) == 2
+
+
+async def test_a_certificate_that_is_not_trusted_is_refused_and_not_tried_again(sleeps: Sleeps) -> None:
+    asked: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(await reader.read(100))
+        writer.close()
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(Path(support.openai_server.__file__).with_name("self_signed.pem"))
+    async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context) as untrusted:
+        port = untrusted.sockets[0].getsockname()[1]
+        provider = OpenAIProvider(f"https://127.0.0.1:{port}/v1", model="m", key=KEY, sleep=sleeps)
+        with pytest.raises(ProviderError, match="is not trusted") as caught:
+            await read(provider, ask("m"))
+        await provider.close()
+
+    assert caught.value.code == "provider_unavailable"
+    assert (asked, sleeps.seconds) == ([], [])
 
 
 # --- what is tried again ------------------------------------------------------------------------

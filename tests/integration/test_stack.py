@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ import pytest_asyncio
 from headwater.dev.services import Postgres, Redis
 from headwater.settings import child_environment
 from support.wait import eventually
+
+#: Each test starts the whole system, some twice.
+pytestmark = pytest.mark.timeout(300)
 
 READY = re.compile(r"headwater is ready in .* s$", re.MULTILINE)
 PAGE = re.compile(r"Page +(http://\S+)/")
@@ -37,7 +41,8 @@ class Up:
         folder.mkdir(parents=True, exist_ok=True)
         self.data_dir = folder / "data"
         self.log_file = folder / "up.log"
-        clean: dict[str, str | None] = dict.fromkeys(("REDIS_URL", "DATABASE_URL", "OPENAI_API_KEY", "OPENAI_BASE_URL", "HOST", "PORT"))
+        names = ("REDIS_URL", "DATABASE_URL", "OPENAI_API_KEY", "OPENAI_BASE_URL", "HOST", "PORT")
+        clean: dict[str, str | None] = dict.fromkeys(names)
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "headwater", "up", "--data-dir", str(self.data_dir), *arguments],
@@ -103,10 +108,16 @@ class Up:
         self.process.wait()
 
 
+@pytest.fixture
+def folder(servers_dir: Path) -> Path:
+    """A folder that PostgreSQL can reach."""
+    return servers_dir / "up" / uuid.uuid4().hex
+
+
 @pytest_asyncio.fixture(scope="module")
-async def up(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Up]:
+async def up(servers_dir: Path) -> AsyncIterator[Up]:
     """One for the tests that leave it running."""
-    running = Up(tmp_path_factory.mktemp("up"), "--port", "0")
+    running = Up(servers_dir / "up" / "shared", "--port", "0")
     try:
         await running.ready()
         yield running
@@ -137,8 +148,8 @@ async def messages(url: str, chat: str) -> list[tuple[str, str]]:
     return [(message["role"], message["content"]) for message in document["messages"]]
 
 
-async def test_it_answers_ends_within_ten_seconds_leaving_nothing_and_keeps_what_was_said(tmp_path: Path) -> None:
-    first = Up(tmp_path / "up", "--port", "0")
+async def test_it_answers_ends_within_ten_seconds_leaving_nothing_and_keeps_what_was_said(folder: Path) -> None:
+    first = Up(folder, "--port", "0")
     try:
         await first.ready()
         assert "DEMO" in first.log
@@ -157,7 +168,7 @@ async def test_it_answers_ends_within_ten_seconds_leaving_nothing_and_keeps_what
         assert "Traceback" not in first.log
     finally:
         first.kill()
-    second = Up(tmp_path / "up", "--port", "0")
+    second = Up(folder, "--port", "0")
     try:
         await second.ready()
         assert await messages(second.url, chat) == [("user", "What is a headwater?"), ("assistant", text)]
@@ -188,14 +199,14 @@ async def _answers(url: str) -> bool:
         return (await http.get("/readyz")).status_code == 200
 
 
-async def test_nothing_outlives_a_killed_supervisor_and_a_second_signal_ends_the_next_at_once(tmp_path: Path) -> None:
-    first = Up(tmp_path / "up", "--port", "0")
+async def test_nothing_outlives_a_killed_supervisor_and_a_second_signal_ends_the_next_at_once(folder: Path) -> None:
+    first = Up(folder, "--port", "0")
     try:
         await first.ready()
         orphans = set(first.family())
         first.process.kill()
         first.process.wait()
-        second = Up(tmp_path / "up", "--port", "0")
+        second = Up(folder, "--port", "0")
         await second.ready()
         assert orphans & set(second.family()) == set()
         assert len([command for command in second.family().values() if "-m headwater worker" in command]) == 1
@@ -224,12 +235,12 @@ async def test_a_second_up_on_the_same_folder_names_the_first(up: Up) -> None:
     assert await _answers(up.url)
 
 
-async def test_a_port_that_is_taken_is_said_before_anything_starts(tmp_path: Path) -> None:
+async def test_a_port_that_is_taken_is_said_before_anything_starts(folder: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        up = Up(tmp_path / "up", "--port", str(port))
+        up = Up(folder, "--port", str(port))
         try:
             assert await up.ended() == 1
         finally:
@@ -241,8 +252,8 @@ async def test_a_port_that_is_taken_is_said_before_anything_starts(tmp_path: Pat
     assert not up.data_dir.exists()
 
 
-async def test_an_exposed_address_without_a_token_is_refused_with_the_reason(tmp_path: Path) -> None:
-    up = Up(tmp_path / "up", "--port", "0", "--host", "0.0.0.0")
+async def test_an_exposed_address_without_a_token_is_refused_with_the_reason(folder: Path) -> None:
+    up = Up(folder, "--port", "0", "--host", "0.0.0.0")
     try:
         assert await up.ended() == 2
     finally:
@@ -251,8 +262,7 @@ async def test_an_exposed_address_without_a_token_is_refused_with_the_reason(tmp
     assert not up.data_dir.exists()
 
 
-async def test_a_part_that_cannot_start_ends_everything_with_its_last_words(tmp_path: Path) -> None:
-    folder = tmp_path / "up"
+async def test_a_part_that_cannot_start_ends_everything_with_its_last_words(folder: Path) -> None:
     # The journal's place is taken by a folder: the server refuses to start without it.
     (folder / "data" / "journal.db").mkdir(parents=True)
     up = Up(folder, "--port", "0")
@@ -267,11 +277,11 @@ async def test_a_part_that_cannot_start_ends_everything_with_its_last_words(tmp_
 
 
 async def test_given_servers_are_used_and_none_is_started(
-    tmp_path: Path, postgres_server: Postgres, database_url: str
+    folder: Path, postgres_server: Postgres, database_url: str
 ) -> None:
-    redis = Redis(tmp_path / "redis", options={"appendonly": "no"})
+    redis = Redis(folder / "redis", options={"appendonly": "no"})
     redis.start()
-    up = Up(tmp_path / "up", "--port", "0", "--no-beat", REDIS_URL=redis.url(), DATABASE_URL=database_url)
+    up = Up(folder, "--port", "0", "--no-beat", REDIS_URL=redis.url(), DATABASE_URL=database_url)
     try:
         await up.ready()
         commands = list(up.family().values())
@@ -288,8 +298,8 @@ async def test_given_servers_are_used_and_none_is_started(
         redis.stop()
 
 
-async def test_a_redis_that_does_not_answer_is_said_without_its_password(tmp_path: Path) -> None:
-    up = Up(tmp_path / "up", "--port", "0", REDIS_URL="redis://:geheim@127.0.0.1:1/0")
+async def test_a_redis_that_does_not_answer_is_said_without_its_password(folder: Path) -> None:
+    up = Up(folder, "--port", "0", REDIS_URL="redis://:geheim@127.0.0.1:1/0")
     try:
         assert await up.ended() == 1
         assert "127.0.0.1:1" in up.log

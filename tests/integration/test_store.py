@@ -47,6 +47,22 @@ async def put(store: Store, *things: Chat | Message | Run) -> None:
     await store.apply([Record.of(thing) for thing in things])
 
 
+@pytest.fixture(scope="module")
+def one_database(postgres_server: Postgres, template_database: str) -> Iterator[str]:
+    with psycopg.connect(postgres_server.url("postgres"), autocommit=True) as connection:
+        connection.execute(f'CREATE DATABASE "store" TEMPLATE "{template_database}"'.encode())
+        yield postgres_server.url("store")
+        connection.execute('DROP DATABASE "store" WITH (FORCE)')
+
+
+@pytest.fixture
+def database_url(one_database: str) -> str:
+    """One database for all tests here, emptied: making one for each takes longer than the tests."""
+    with psycopg.connect(one_database) as connection:
+        connection.execute("TRUNCATE chats, messages, runs")
+    return one_database
+
+
 @pytest_asyncio.fixture
 async def store(database_url: str) -> AsyncIterator[Store]:
     store = make_store(database_url)

@@ -12,11 +12,11 @@ from urllib.parse import urlsplit
 
 import orjson
 import pytest
-from support.api import Api, serving, settings_for
-from support.wait import eventually
 
 from headwater.events import content, done
 from headwater.runs import Lease
+from support.api import Api, serving, settings_for
+from support.wait import eventually
 
 
 @pytest.fixture

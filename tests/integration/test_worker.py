@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
+import pytest_asyncio
+import redis.asyncio
 from celery import Celery
 
 from headwater import streams
@@ -28,14 +29,13 @@ from headwater.store import Store
 from headwater.streams.base import StreamLog
 from headwater.telemetry import Telemetry
 from headwater.transcript import Transcript
-from support.openai_scenarios import answer
+from support.openai_scenarios import answer, chunk
 from support.openai_server import OpenAIServer
 from support.stack import Stack, StackMaker
 from support.wait import eventually
 
 #: A lease as short as it may be, so that a dead worker is noticed soon.
 QUICK = {"HEADWATER_LEASE_SECONDS": "1", "HEADWATER_QUEUE_GRACE": "2", "HEADWATER_WORKER_CONCURRENCY": "4"}
-POOLS = ["threads", "prefork"]
 
 
 @dataclass
@@ -136,19 +136,45 @@ def check_whole(events: list[Event], text: str) -> None:
     assert Transcript.of(events).content == text
 
 
-async def hold_of(client: Client, run: Run) -> str:
-    """Who holds the run: `host:pid:…`."""
-    import redis.asyncio
+@pytest_asyncio.fixture(scope="module")
+async def stacks(stack_maker: StackMaker) -> AsyncIterator[dict[str, Stack]]:
+    """Two workers of each pool, for all tests here: starting workers is what takes time."""
+    maker = stack_maker.fresh()
+    made = [
+        await maker(servers=0, workers=2, settings={**QUICK, "HEADWATER_WORKER_POOL": pool}, start=False)
+        for pool in ("threads", "prefork")
+    ]
+    yield dict(zip(("threads", "prefork"), made, strict=True))
+    await maker.stop()
 
-    async with redis.asyncio.Redis.from_url(str(client.celery.conf.broker_url), decode_responses=True) as raw:
-        return str(await raw.hget(f"stream:{{{run.id}}}:metadata", "holder"))
+
+async def awake(stack: Stack) -> Stack:
+    """With all its workers, whatever the test before did to them."""
+    sleeping = [worker for worker in stack.workers if not worker.running]
+    for worker in sleeping:
+        worker.launch()
+    await asyncio.gather(*(worker.ready() for worker in sleeping))
+    return stack
 
 
-@pytest.mark.parametrize("pool", POOLS)
-async def test_a_run_streams_and_ends_in_the_database(make_stack: StackMaker, pool: str) -> None:
-    stack = await make_stack(servers=0, settings={**QUICK, "HEADWATER_WORKER_POOL": pool})
-    async with client_of(stack) as client:
-        question = "How far is the sea? [[words:60]][[rate:100]]"
+@pytest_asyncio.fixture
+async def threads(stacks: dict[str, Stack]) -> Stack:
+    return await awake(stacks["threads"])
+
+
+@pytest_asyncio.fixture
+async def prefork(stacks: dict[str, Stack]) -> Stack:
+    return await awake(stacks["prefork"])
+
+
+@pytest_asyncio.fixture(params=["threads", "prefork"])
+async def either(request: pytest.FixtureRequest, stacks: dict[str, Stack]) -> Stack:
+    return await awake(stacks[request.param])
+
+
+async def test_a_run_streams_and_ends_in_the_database(either: Stack) -> None:
+    async with client_of(either) as client:
+        question = f"How far is the sea? {new_id()} [[words:60]][[rate:100]]"
         run = await client.accept(question)
         assert await client.state(run) == "PENDING"
         client.ring(run)
@@ -168,10 +194,9 @@ async def test_a_run_streams_and_ends_in_the_database(make_stack: StackMaker, po
         assert (result["run_id"], result["status"]) == (run.id, "done")
 
 
-async def test_celery_tells_failed_and_cancelled_runs_apart(make_stack: StackMaker) -> None:
-    stack = await make_stack(servers=0, settings=QUICK)
-    async with client_of(stack) as client:
-        failing, slow = await client.send("[[scenario:auth]]"), await client.send("[[scenario:slow]]")
+async def test_celery_tells_failed_and_cancelled_runs_apart(threads: Stack) -> None:
+    async with client_of(threads) as client:
+        failing, slow = await client.send("[[scenario:auth]]"), await client.send(f"[[scenario:hang]] {new_id()}")
         error = (await client.ended(failing))[-1]
         assert (error.type, error.data["code"]) == (EventType.ERROR, "provider_auth")
         assert await client.state(failing) == "FAILURE"
@@ -180,50 +205,44 @@ async def test_celery_tells_failed_and_cancelled_runs_apart(make_stack: StackMak
         events = await client.ended(slow)
         assert events[-1].type is EventType.CANCELLED
         assert await client.state(slow) == "REVOKED"
-        assert await client.state(await client.accept("never sent")) == "PENDING"
         kept = await client.store.chats.message(str(slow.message_id))
         assert kept is not None
         assert kept.content == Transcript.of(events).content != ""
         assert kept.status is MessageStatus.CANCELLED
 
 
-async def test_a_cancel_closes_the_call_to_the_model(make_stack: StackMaker, openai_server: OpenAIServer) -> None:
-    stack = await make_stack(servers=0, settings=QUICK)
-    async with client_of(stack) as client:
+async def test_a_cancel_closes_the_call_to_the_model(threads: Stack, openai_server: OpenAIServer) -> None:
+    async with client_of(threads) as client:
         # Says three words and nothing more, so that only the renewal can tell of the cancel.
-        run = await client.send(f"[[scenario:hang]] {new_id()}")
+        question = f"[[scenario:hang]] {new_id()}"
+        run = await client.send(question)
         await client.speaking(run)
         await client.log.cancel(run.id)
         assert (await client.ended(run))[-1].type is EventType.CANCELLED
-        request = next(each for each in openai_server.chats if run.input["messages"][0]["content"] == each.question)
+        request = next(each for each in openai_server.chats if each.question == question)
         await eventually(lambda: request.disconnected_at is not None)
 
 
-async def test_the_same_task_sent_three_times_gives_one_stream(make_stack: StackMaker) -> None:
-    stack = await make_stack(servers=0, workers=2, settings=QUICK)
-    async with client_of(stack) as client:
+async def test_the_same_task_sent_three_times_gives_one_stream(threads: Stack, openai_server: OpenAIServer) -> None:
+    async with client_of(threads) as client:
         question = f"Once? {new_id()} [[words:40]][[rate:50]]"
         run = await client.accept(question)
         for _ in range(3):
             client.ring(run)
-        check_whole(await client.ended(run), answer(question, 40))
+        events = await client.ended(run)
+        check_whole(events, answer(question, 40))
         client.ring(run)
-        other = await client.send("[[scenario:hello]]")
-        await client.ended(other)
-        assert len(await client.events(run)) == (await client.log.metas([run.id]))[0].count  # type: ignore[union-attr]
-        assert [event.type for event in await client.events(run) if event.terminal] == [EventType.DONE]
+        await eventually(lambda: sum(f"{run.id}] succeeded" in line for line in lines_of(threads)) == 4)
+        assert await client.events(run) == events
+        assert sum(each.question == question for each in openai_server.chats) == 1
 
 
-@pytest.mark.parametrize("pool", POOLS)
-async def test_a_worker_killed_in_the_middle_is_replaced_and_the_answer_begins_again(
-    make_stack: StackMaker, pool: str
-) -> None:
-    stack = await make_stack(servers=0, workers=2, settings={**QUICK, "HEADWATER_WORKER_POOL": pool})
-    async with client_of(stack) as client:
+async def test_a_worker_killed_in_the_middle_is_replaced_and_the_answer_begins_again(either: Stack) -> None:
+    async with client_of(either) as client:
         question = f"Who is there? {new_id()} [[words:60]][[rate:30]]"
         run = await client.send(question)
         await client.speaking(run, 3)
-        await kill_holder(client, stack, run)
+        either.workers[await holder_of(client, either, run)].kill()
         events = await client.ended(run)
         check_whole(events, answer(question, 60))
         resets = [event for event in events if event.type is EventType.RESET]
@@ -232,16 +251,15 @@ async def test_a_worker_killed_in_the_middle_is_replaced_and_the_answer_begins_a
 
 
 async def test_a_worker_killed_before_the_first_token_is_replaced_without_a_reset(
-    make_stack: StackMaker, openai_server: OpenAIServer
+    threads: Stack, openai_server: OpenAIServer
 ) -> None:
-    stack = await make_stack(servers=0, workers=2, settings=QUICK)
-    async with client_of(stack) as client:
+    async with client_of(threads) as client:
         name = f"later-{new_id()}"
         openai_server.load({"scenarios": {name: {"steps": [{"words": 5}], "before": [{"wait": name}]}}})
         question = f"[[scenario:{name}]]"
         run = await client.send(question)
         await eventually(lambda: any(each.question == question for each in openai_server.chats))
-        await kill_holder(client, stack, run)
+        threads.workers[await holder_of(client, threads, run)].kill()
         openai_server.release(name)
         events = await client.ended(run)
         check_whole(events, answer(question, 5))
@@ -249,142 +267,132 @@ async def test_a_worker_killed_before_the_first_token_is_replaced_without_a_rese
         assert [event.data["attempt"] for event in events if event.type is EventType.STATE] == [1, 2]
 
 
-async def test_a_run_that_kills_every_worker_fails_after_three_attempts(make_stack: StackMaker) -> None:
-    stack = await make_stack(servers=0, settings=QUICK)
-    async with client_of(stack) as client:
+async def test_a_run_that_kills_its_process_fails_after_three_attempts(prefork: Stack) -> None:
+    async with client_of(prefork) as client:
         run = await client.send(f"[[scenario:hang]] {new_id()}")
+        pid = 0
         for attempt in (1, 2, 3):
-            await eventually(lambda attempt=attempt: attempt_is(client, run, attempt), 30, every=0.05)
-            stack.worker.kill()
-            await stack.worker.restart()
+            await eventually(partial(attempt_is, client, run, attempt), 30)
+            # Each attempt in another child of the pool; Celery replaces it.
+            before, pid = pid, await pid_of(client, run)
+            assert pid != before
+            assert pid not in {worker.pid for worker in prefork.workers}
+            os.kill(pid, signal.SIGKILL)
         events = await client.ended(run)
         assert (events[-1].type, events[-1].data["code"]) == (EventType.ERROR, "worker_lost")
         assert (await client.row(run)).state is RunState.FAILED
 
 
-async def test_a_stopped_worker_that_wakes_up_late_writes_nothing(make_stack: StackMaker) -> None:
-    stack = await make_stack(servers=0, workers=2, settings=QUICK)
-    async with client_of(stack) as client:
+async def test_a_stopped_worker_that_wakes_up_late_writes_nothing(threads: Stack) -> None:
+    async with client_of(threads) as client:
         question = f"Zombie? {new_id()} [[words:60]][[rate:30]]"
         run = await client.send(question)
         await client.speaking(run, 3)
-        zombie = await holder_of(client, stack, run)
-        stack.workers[zombie].signal(signal.SIGSTOP)
+        zombie = threads.workers[await holder_of(client, threads, run)]
+        zombie.signal(signal.SIGSTOP)
         events = await client.ended(run)
-        stack.workers[zombie].signal(signal.SIGCONT)
+        zombie.signal(signal.SIGCONT)
         check_whole(events, answer(question, 60))
-        # Awake again, it takes new work, and by then it has been told to stop.
-        await eventually(lambda: "another one has it" in stack.workers[zombie].log(), 15)
+        await eventually(lambda: f"Run {run.id} stops at attempt 1, another one has it" in zombie.log(), 20)
         assert await client.events(run) == events
 
 
-@pytest.mark.parametrize("pool", POOLS)
-async def test_a_worker_told_to_end_hands_its_run_over_at_once(make_stack: StackMaker, pool: str) -> None:
-    # The usual lease and grace: neither may be what the hand-over waits for.
-    settings = {"HEADWATER_WORKER_POOL": pool, "HEADWATER_WORKER_CONCURRENCY": "4", "HEADWATER_LEASE_SECONDS": "600"}
-    stack = await make_stack(servers=0, workers=2, settings=settings)
-    async with client_of(stack) as client:
-        question = f"Hand over? {new_id()} [[words:200]][[rate:20]]"
-        run = await client.send(question)
-        await client.speaking(run, 3)
-        leaving = await holder_of(client, stack, run)
-        # The answer takes ten seconds; the worker may not wait for it.
-        await stack.workers[leaving].terminate(timeout=8)
+async def test_a_worker_told_to_end_hands_its_run_over_without_waiting_for_the_answer(
+    either: Stack, openai_server: OpenAIServer
+) -> None:
+    async with client_of(either) as client:
+        name = f"hand-over-{new_id()}"
+        run = await say_and_wait(client, openai_server, name)
+        leaving = either.workers[await holder_of(client, either, run)]
+        # The model says nothing more until the worker has ended.
+        await leaving.terminate()
+        openai_server.release(name)
         events = await client.ended(run)
-        check_whole(events, answer(question, 200))
+        check_whole(events, "Hello, world")
         assert [event.data["reason"] for event in events if event.type is EventType.RESET] == ["handed_over"]
 
 
-async def test_a_lonely_worker_goes_on_with_its_run_after_a_restart(make_stack: StackMaker) -> None:
-    stack = await make_stack(servers=0, settings={**QUICK, "HEADWATER_LEASE_SECONDS": "600"})
-    async with client_of(stack) as client:
-        question = f"Alone? {new_id()} [[words:60]][[rate:30]]"
-        run = await client.send(question)
-        await client.speaking(run, 3)
-        await stack.worker.restart()
-        check_whole(await client.ended(run), answer(question, 60))
-
-
-async def test_a_run_that_no_message_told_of_is_found_by_the_sweeper(make_stack: StackMaker) -> None:
-    stack = await make_stack(servers=0, settings=QUICK)
-    async with client_of(stack) as client:
+async def test_a_run_that_no_message_told_of_is_found_by_the_sweeper(threads: Stack) -> None:
+    async with client_of(threads) as client:
         run = await client.accept("[[scenario:hello]]")
         await client.log.open(run, 0.1)
         check_whole(await client.ended(run), "Hello, world")
 
 
-async def test_a_run_that_redis_forgot_is_found_by_its_row(make_stack: StackMaker) -> None:
-    stack = await make_stack(servers=0, settings=QUICK, start=False)
-    async with client_of(stack) as client:
+async def test_a_run_that_redis_forgot_is_found_by_its_row(threads: Stack) -> None:
+    async with client_of(threads) as client:
         run = await client.accept("[[scenario:hello]]")
         await client.log.forget(run.id)
-        await stack.start()
         check_whole(await client.ended(run), "Hello, world")
         assert (await client.row(run)).state is RunState.DONE
 
 
-async def test_a_redis_that_comes_back_empty_is_written_again_under_the_same_epoch(make_stack: StackMaker) -> None:
-    stack = await make_stack(servers=0, settings=QUICK)
-    async with client_of(stack) as client:
-        question = f"Forgotten? {new_id()} [[words:80]][[rate:30]]"
+async def test_a_redis_that_comes_back_empty_is_written_again_under_the_same_epoch(threads: Stack) -> None:
+    async with client_of(threads) as client:
+        question = f"Forgotten? {new_id()} [[words:60]][[rate:30]]"
         run = await client.send(question)
         await client.speaking(run, 5)
         before = await client.log.meta(run.id)
-        import redis.asyncio
-
-        async with redis.asyncio.Redis.from_url(stack.redis_url) as raw:
+        async with redis.asyncio.Redis.from_url(threads.redis_url) as raw:
             await raw.flushall()
-        check_whole(await client.ended(run), answer(question, 80))
+        check_whole(await client.ended(run), answer(question, 60))
         after = await client.log.meta(run.id)
         assert before is not None
         assert after is not None
         assert (after.epoch, after.attempt) == (before.epoch, 1)
 
 
-async def test_a_redis_that_is_frozen_for_a_while_loses_nothing(make_stack: StackMaker) -> None:
-    stack = await make_stack(servers=0, settings=QUICK)
-    assert stack.redis_server is not None
-    async with client_of(stack) as client:
+async def test_a_redis_that_is_frozen_for_a_while_loses_nothing(threads: Stack) -> None:
+    assert threads.redis_server is not None
+    async with client_of(threads) as client:
         question = f"Frozen? {new_id()} [[words:60]][[rate:30]]"
         run = await client.send(question)
         await client.speaking(run, 5)
-        os.kill(stack.redis_server.pid, signal.SIGSTOP)
-        # Until the worker has noticed; the lease runs out meanwhile.
-        await eventually(lambda: "goes on in memory" in stack.worker.log(), 20)
-        os.kill(stack.redis_server.pid, signal.SIGCONT)
+        holder = threads.workers[await holder_of(client, threads, run)]
+        os.kill(threads.redis_server.pid, signal.SIGSTOP)
+        try:
+            await eventually(lambda: f"Run {run.id} goes on in memory" in holder.log(), 20)
+        finally:
+            os.kill(threads.redis_server.pid, signal.SIGCONT)
         check_whole(await client.ended(run), answer(question, 60))
 
 
-async def test_celerys_own_command_starts_a_worker_that_inspect_can_ask(make_stack: StackMaker) -> None:
-    stack = await make_stack(servers=0, workers=0, settings=QUICK)
+async def test_celerys_own_command_starts_a_worker_that_can_be_asked_and_that_leaves_nothing_behind(
+    make_stack: StackMaker, openai_server: OpenAIServer
+) -> None:
+    stack = await make_stack(servers=0, workers=1, settings=QUICK, start=False)
     command = [sys.executable, "-m", "celery", "-A", "headwater.worker"]
-    worker = [*command, "worker", "--pool=threads", "--concurrency=4", "--loglevel=INFO", "-E"]
-    with (stack.folder / "celery.log").open("wb") as output:
-        process = subprocess.Popen(worker, env=stack.environment, stdout=output, stderr=output, start_new_session=True)
+    options = ["worker", "--pool=threads", "--concurrency=4", "--loglevel=INFO", "-E"]
+    process = await asyncio.create_subprocess_exec(*command, *options, env=stack.environment, start_new_session=True)
     try:
         async with client_of(stack) as client:
-            run = await client.send(f"[[scenario:slow]] {new_id()}")
-            await client.speaking(run)
-            active = await inspected(client, "active")
-            assert [task["id"] for task in active] == [run.id]
+            name = f"asked-{new_id()}"
+            run = await say_and_wait(client, openai_server, name)
+            assert [task["id"] for task in await inspected(client, "active")] == [run.id]
             stats = await asyncio.to_thread(lambda: client.celery.control.inspect(timeout=5).stats())
             assert [each["pool"]["max-concurrency"] for each in stats.values()] == [4]
-            shown = await asyncio.to_thread(
-                lambda: subprocess.run(
-                    [*command, "inspect", "registered"], env=stack.environment, capture_output=True, check=True
-                )
-            )
-            assert b"headwater.run" in shown.stdout
-            await client.log.cancel(run.id)
-            assert (await client.ended(run))[-1].type is EventType.CANCELLED
+            process.terminate()
+            assert await asyncio.wait_for(process.wait(), 20) == 0
+            # It was the only worker: the run goes on when there is one again.
+            await stack.start()
+            openai_server.release(name)
+            check_whole(await client.ended(run), "Hello, world")
     finally:
-        process.terminate()
-        try:
-            code = await asyncio.to_thread(process.wait, 15)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    assert code == 0
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+async def say_and_wait(client: Client, openai_server: OpenAIServer, name: str) -> Run:
+    """A run that says `Hello, `, waits until `name` is released, and says the rest."""
+    hello = [{"chunk": chunk("Hello, ")}, {"wait": name}, {"chunk": chunk("world")}]
+    openai_server.load({"scenarios": {name: {"steps": [*hello, {"chunk": chunk(finish="stop")}, {"done": True}]}}})
+    run = await client.send(f"[[scenario:{name}]]")
+    await client.speaking(run)
+    return run
+
+
+def lines_of(stack: Stack) -> list[str]:
+    return [line for worker in stack.workers for line in worker.log().splitlines()]
 
 
 async def inspected(client: Client, what: str) -> list[dict[str, Any]]:
@@ -397,13 +405,15 @@ async def attempt_is(client: Client, run: Run, attempt: int) -> bool:
     return meta is not None and meta.attempt == attempt and meta.status is RunState.RUNNING
 
 
+async def pid_of(client: Client, run: Run) -> int:
+    """The process that holds the run."""
+    async with redis.asyncio.Redis.from_url(str(client.celery.conf.broker_url), decode_responses=True) as raw:
+        holder = str(await raw.hget(f"stream:{{{run.id}}}:metadata", "holder"))
+    return int(holder.split(":")[1])
+
+
 async def holder_of(client: Client, stack: Stack, run: Run) -> int:
     """Which of the stack's workers holds the run."""
-    pid = int((await hold_of(client, run)).split(":")[1])
-    pids = [worker.pid for worker in stack.workers]
+    pid = await pid_of(client, run)
     # A child of the prefork pool has its worker's session.
-    return pids.index(pid if pid in pids else os.getsid(pid))
-
-
-async def kill_holder(client: Client, stack: Stack, run: Run) -> None:
-    stack.workers[await holder_of(client, stack, run)].kill()
+    return [worker.pid for worker in stack.workers].index(os.getsid(pid))

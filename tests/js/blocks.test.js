@@ -64,6 +64,16 @@ test("a block that is followed by another is final", () => {
   assert.ok(final.length > 6);
 });
 
+test("what follows an unsettled block is healed by itself", () => {
+  const blocks = new Splitter(md).split("```js\nx\n```\n\nand *early", false);
+  assert.deepEqual(blocks, ["```js\nx\n```\n\n", "and *early*"]);
+});
+
+test("lines may end in CRLF", () => {
+  const text = TEXT.replace(/\n/g, "\r\n");
+  assert.equal(draw(new Splitter(md).split(text, true)), md.render(TEXT));
+});
+
 test("another text begins anew", () => {
   const splitter = new Splitter(md);
   splitter.split("one\n\ntwo\n\nthree", false);

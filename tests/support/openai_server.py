@@ -147,7 +147,8 @@ class OpenAIServer:
             while (request := await self._receive(reader, number)) is not None:
                 if not await self._reply(request, reader, writer):
                     break
-        except (ConnectionError, _Cut):
+        except (ConnectionError, _Cut, asyncio.CancelledError):
+            # Cancelled only by our own end; passed on, asyncio would log it as an error.
             writer.transport.abort()
         finally:
             writer.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
@@ -73,9 +73,9 @@ class ScriptedPipeline(Pipeline):
         )
 
 
-def new_run(kind: str = "scripted", **members: object) -> Run:
+def new_run(kind: str = "scripted", **members: Any) -> Run:
     """A queued run that answers into a message of a chat."""
-    fields: dict[str, object] = {
+    fields: dict[str, Any] = {
         "id": new_id(),
         "kind": kind,
         "owner_id": "local",
@@ -84,4 +84,4 @@ def new_run(kind: str = "scripted", **members: object) -> Run:
         "chat_id": new_id(),
         "message_id": new_id(),
     }
-    return Run(**{**fields, **members})  # type: ignore[arg-type]
+    return Run(**{**fields, **members})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -199,9 +199,9 @@ class TestReading:
         scene.log.gate.clear()
         reader = scene.join()
         for _ in range(3):
-            reads = len(scene.log.reads)
+            scene.log.reads.clear()
             waiting = asyncio.ensure_future(reader.next())
-            await eventually(lambda reads=reads: len(scene.log.reads) > reads)  # type: ignore[misc]
+            await eventually(lambda: scene.log.reads)
             waiting.cancel()
             await asyncio.wait([waiting])
         scene.log.gate.set()
@@ -473,9 +473,11 @@ class TestLife:
 
     async def test_reads_are_counted_with_their_reason(self, scene: Scene) -> None:
         counted: list[str] = []
-        listener: Callable[[str, float, dict[str, str]], None] = lambda name, _, labels: (  # noqa: E731
-            counted.append(labels["reason"]) if name == "headwater_hub_rereads_total" else None
-        )
+
+        def listener(name: str, _: float, labels: dict[str, str]) -> None:
+            if name == "headwater_hub_rereads_total":
+                counted.append(labels["reason"])
+
         scene.telemetry.listen(listener)
         reader = await scene.live()
         scene.push.sever()

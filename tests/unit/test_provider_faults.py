@@ -84,6 +84,12 @@ def test_keys_are_removed_from_the_apis_own_message(leak: str) -> None:
     assert "You sent [key]" in text
 
 
+def test_the_key_in_use_is_removed_whatever_it_looks_like() -> None:
+    where = Where("api.example.com", "some-model", "0123-local-key")
+
+    assert "0123" not in str(refused(400, {}, complaint("You sent 0123-local-key as a key."), where))
+
+
 def test_a_long_message_is_cut_and_put_on_one_line() -> None:
     text = str(refused(400, {}, complaint("a\n b " * 500), WHERE))
 

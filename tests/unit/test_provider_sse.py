@@ -40,6 +40,7 @@ AWKWARD = {
     "mixed line ends": b"data: 1\r\n\ndata: 2\n\r\ndata: 3\r\r\ndata: 4\r\n\r",
     "comments": b": hello\n\ndata: 1\n: in between\ndata: 2\n\n:\n\n",
     "several data lines": b"data: {\ndata:  1\ndata:}\n\n",
+    "several data lines with crlf": b"data: 1\r\ndata: 2\r\n\r\n",
     "byte order mark": b"\xef\xbb\xbfdata: 1\n\n",
     "half a byte order mark": b"\xef\xbbdata: 1\n\ndata: 2\n\n",
     "wide characters": 'data: {"a":"日本語 🌊 é"}\n\n'.encode(),

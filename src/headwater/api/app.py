@@ -104,8 +104,9 @@ def make_api() -> FastAPI:
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
     )
-    for room in (chats, messages, tasks, operations):
-        api.include_router(room.router)
-    problems.install(api)
+    routers = [room.router for room in (chats, messages, tasks, operations)]
+    for router in routers:
+        api.include_router(router)
+    problems.install(api, [route for router in routers for route in router.routes])
     openapi.install(api)
     return api

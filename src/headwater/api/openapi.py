@@ -9,6 +9,9 @@ from fastapi.openapi.utils import get_openapi
 
 from headwater.api.problems import MEDIA_TYPE
 from headwater.api.schemas import Problem
+from headwater.events import EventType
+from headwater.ids import ID_PATTERN
+from headwater.transports.sse import MAX_RUNS
 
 _PROBLEMS: Final = {
     400: "The request or its cursor cannot be read.",
@@ -36,18 +39,31 @@ _FRAMES: Final = (
     "Frames `id: <epoch>-<seq>`, `event: <type>`, `data: <JSON with seq, type, at and the type's own fields>`. "
     "After a terminal event (`done`, `error`, `cancelled`) the stream closes."
 )
+#: One frame, as an EventSource hands it on.
+_FRAME: Final = {
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "id": {"type": "string", "description": "The cursor. Missing where the frame is no event of a log."},
+        "event": {"enum": [kind.value for kind in EventType]},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+}
+_ID: Final = ID_PATTERN.strip("^$")
+_CURSOR: Final = "[0-9a-z]{1,32}-(0|[1-9][0-9]{0,14})"
+_RUN: Final = f"{_ID}(:({_CURSOR})?)?"
 _AFTER: Final = {
     "name": "after",
     "in": "query",
     "required": False,
     "description": "The last event seen. `Last-Event-ID` wins over it.",
-    "schema": {"type": "string", "pattern": "^$|^[0-9a-z]{1,32}-(0|[1-9][0-9]{0,14})$"},
+    "schema": {"type": "string", "pattern": f"^({_CURSOR})?$"},
 }
 _LAST_EVENT_ID: Final = {
     "name": "Last-Event-ID",
     "in": "header",
     "required": False,
-    "schema": {"type": "string", "pattern": "^[0-9a-z]{1,32}-(0|[1-9][0-9]{0,14})$"},
+    "schema": {"type": "string", "pattern": f"^{_CURSOR}$"},
 }
 
 
@@ -92,14 +108,14 @@ def _streams() -> dict[str, Any]:
         "name": "task_id",
         "in": "path",
         "required": True,
-        "schema": {"type": "string", "pattern": "^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"},
+        "schema": {"type": "string", "pattern": ID_PATTERN},
     }
     runs = {
         "name": "runs",
         "in": "query",
         "required": True,
-        "description": "Up to 64 times `<run id>[:<cursor>]`, separated by commas.",
-        "schema": {"type": "string", "minLength": 36},
+        "description": f"Up to {MAX_RUNS} times `<run id>[:<cursor>]`, separated by commas.",
+        "schema": {"type": "string", "pattern": f"^{_RUN}(,{_RUN}){{0,{MAX_RUNS - 1}}}$"},
     }
     return {
         "/api/stream/{task_id}": {"get": _stream("follow_run", "Follow one run.", [one, _AFTER, _LAST_EVENT_ID], 404)},
@@ -121,7 +137,7 @@ def _stream(operation: str, summary: str, parameters: list[dict[str, Any]], *sta
             "200": {
                 "description": _FRAMES,
                 "headers": _STREAM_HEADERS,
-                "content": {"text/event-stream": {"schema": {"type": "string"}}},
+                "content": {"text/event-stream": {"schema": _FRAME}},
             },
             "204": {"description": "The cursor is at the end of a run that has ended: do not come back."},
             **{str(status): problem for status, problem in failures.items()},

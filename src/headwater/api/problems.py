@@ -10,14 +10,16 @@ traceback and the request's id, and shows neither.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, Final
 
 import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute
 
 from headwater.errors import HeadwaterError, SignInRequired
 
@@ -70,11 +72,19 @@ def respond_invalid(error: RequestValidationError, *, path: str, request_id: str
     return _response(422, "invalid_input", "The input is not valid", detail, path, request_id, extra, {})
 
 
-def install(app: FastAPI) -> None:
-    """Let the app answer every error this way."""
+def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
+    """Let the app answer every error this way. `routes` are all there are: a 405 names every method of its path."""
 
     async def handle(request: Request, error: Exception) -> Response:
-        return respond(error, path=request.url.path, request_id=request.state.request_id)
+        path = request.url.path
+        if isinstance(error, HTTPException) and error.status_code == 405:
+            # The framework names the methods of the first route it finds; RFC 9110 wants those of the resource.
+            known = (route for route in routes if isinstance(route, APIRoute) and route.path_regex.match(path))
+            allowed = sorted({method for route in known for method in route.methods or ()})
+            error = (
+                HTTPException(405, f"Use {' or '.join(allowed)}.", {"Allow": ", ".join(allowed)}) if allowed else error
+            )
+        return respond(error, path=path, request_id=request.state.request_id)
 
     for kind in (HeadwaterError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, handle)

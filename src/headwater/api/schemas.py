@@ -16,6 +16,9 @@ from headwater.runs import Run, RunState
 #: Characters of a title that a person may set.
 MAX_TITLE = 200
 
+#: Not only white space, and no NUL.
+_SAYS_SOMETHING = "^[^\\u0000]*[^\\s\\u0000][^\\u0000]*$"
+
 
 def _no_nul(text: str) -> str:
     if "\x00" in text:
@@ -24,7 +27,10 @@ def _no_nul(text: str) -> str:
 
 
 #: Text that PostgreSQL can keep.
-Text: TypeAlias = Annotated[str, AfterValidator(_no_nul)]
+Text: TypeAlias = Annotated[str, AfterValidator(_no_nul), Field(json_schema_extra={"pattern": "^[^\\u0000]*$"})]
+Title: TypeAlias = Annotated[
+    Text, Field(min_length=1, max_length=MAX_TITLE, json_schema_extra={"pattern": _SAYS_SOMETHING})
+]
 Id: TypeAlias = Annotated[str, Field(pattern=ID_PATTERN, examples=["0198c0de-7abc-7def-8123-456789abcdef"])]
 ChatId: TypeAlias = Annotated[str, Path(pattern=ID_PATTERN, description="The chat's id.")]
 MessageId: TypeAlias = Annotated[str, Path(pattern=ID_PATTERN, description="The message's id.")]
@@ -92,13 +98,13 @@ class Usage(Model):
 class NewChat(Request):
     """A chat to be. Without a title it is named after its first message."""
 
-    title: Annotated[Text, Field(min_length=1, max_length=MAX_TITLE)] | None = None
+    title: Title | None = None
 
 
 class Rename(Request):
     """A chat's new title."""
 
-    title: Annotated[Text, Field(min_length=1, max_length=MAX_TITLE)]
+    title: Title
 
 
 class ChatSummary(Model):
@@ -154,7 +160,14 @@ class ChatList(Model):
 class NewMessage(Request):
     """What a person says."""
 
-    content: Annotated[Text, Field(min_length=1, description="Not only white space.")]
+    content: Annotated[
+        Text,
+        Field(
+            min_length=1,
+            description="Not only white space.",
+            json_schema_extra={"pattern": _SAYS_SOMETHING},
+        ),
+    ]
     parent_id: Id | None = Field(
         None,
         description="The message it follows. Left out: the chat's newest. Null: the first of a branch at the root. "

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
+from collections.abc import Sequence
 
 import typer
 
@@ -32,10 +33,10 @@ app.add_typer(watch.monitor, name="monitor")
 watch.register(app)
 
 
-def main() -> None:
-    """Run the command line. Exit code 2 for what the caller must mend, 1 for what failed."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, or these arguments. Exit code 2 for what the caller must mend, 1 for what failed."""
     try:
-        app()
+        app(arguments)
     except HeadwaterError as error:
         if debugging():
             traceback.print_exc()

@@ -20,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 from headwater.dev.child import STOP_TIMEOUT, Child, ServiceFailed, end_leftover
+from headwater.settings import child_environment
 
 __all__ = ["Postgres", "Redis", "ServiceFailed", "free_port"]
 
@@ -60,12 +61,16 @@ class Postgres(Child):
         self._await(lambda: subprocess.run(probe, check=False).returncode == 0, "PostgreSQL")
 
     def create_database(self, name: str = "headwater") -> None:
-        """Make the database unless it exists."""
-        import psycopg
-
-        with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
-            if connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [name]).fetchone() is None:
-                connection.execute(f'CREATE DATABASE "{name}"'.encode())
+        """Make the database unless it exists. Raises ServiceFailed."""
+        made = subprocess.run(
+            [str(_postgres_bin() / "createdb"), "-h", str(self._socket_dir), "-U", "postgres", name],
+            env=child_environment(LC_ALL="C"),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if made.returncode != 0 and "already exists" not in made.stderr:
+            raise ServiceFailed(f"The database {name} cannot be made: {made.stderr.strip()}")
 
     def stop(self, timeout: float = STOP_TIMEOUT) -> None:
         self._stop(signal.SIGINT, timeout)

@@ -118,7 +118,6 @@ class Stack:
         self._up.listener = listener = listen(settings.host, settings.port)
         self._up.place = place = Place.hold(settings.data_dir)
         redis_url, database_url = await self._servers(place)
-        await self._schema(database_url)
         url = _address(settings.host, listener)
         place.write_note(Note(pid=os.getpid(), url=url, redis_url=redis_url, database_url=database_url))
         environment = self._programs(listener, redis_url, database_url)
@@ -129,26 +128,27 @@ class Stack:
             self._supervise(Program("beat", ["beat"], environment, self._console, ready_line=_BEAT_READY))
 
     async def _servers(self, place: Place) -> tuple[str, str]:
-        """The servers' URLs, embedded ones started."""
-        settings = self._settings
+        """The URLs of Redis and PostgreSQL, both answering and the schema up to date."""
+        given_redis, given_postgres = self._settings.redis_url, self._settings.database_url
+        # Those that were given first: it is cheap to say that one does not answer while nothing else runs.
+        if given_redis is not None:
+            await self._reach(given_redis)
+        if given_postgres is not None:
+            await self._schema(given_postgres.get_secret_value(), embedded=False)
         servers: list[Server] = []
-        if settings.database_url is None:
-            postgres = Postgres(place.folder / "postgres")
-            database_url = postgres.url()
-            servers.append(Server("postgres", postgres, self._console))
-        else:
-            database_url = settings.need_database()
-        if settings.redis_url is None:
-            redis = Redis(place.folder / "redis", password=place.secret("redis-password"))
-            redis_url = redis.url()
+        redis = Redis(place.folder / "redis", password=place.secret("redis-password"))
+        if given_redis is None:
             servers.append(Server("redis", redis, self._console))
-        else:
-            redis_url = settings.redis_url
+        postgres = Postgres(place.folder / "postgres")
+        if given_postgres is None:
+            servers.append(Server("postgres", postgres, self._console))
         self._up.parts.extend(servers)
         # The schema's library takes longer to import than the servers to start, so it is imported beside.
         library = asyncio.to_thread(importlib.import_module, "headwater.store.migrate")
-        await asyncio.gather(*(self._begin(server) for server in servers), self._reach(redis_url), library)
-        return redis_url, database_url
+        await asyncio.gather(*(self._begin(server) for server in servers), library)
+        if given_postgres is None:
+            await self._schema(postgres.url(), embedded=True)
+        return given_redis or redis.url(), given_postgres.get_secret_value() if given_postgres else postgres.url()
 
     async def _begin(self, server: Server) -> None:
         begun = asyncio.get_running_loop().time()
@@ -160,17 +160,14 @@ class Stack:
         self._up.tasks.append(asyncio.create_task(server.supervise(), name=server.name))
 
     async def _reach(self, redis_url: str) -> None:
-        """A REDIS_URL that was given must answer now: it is cheaper to say so before the rest is started."""
-        if self._settings.redis_url is not None:
-            from headwater.streams.probe import redis_facts
+        from headwater.streams.probe import redis_facts
 
-            facts = await redis_facts(redis_url)
-            self._console.say("redis", f"REDIS_URL answers (version {facts.version})")
+        facts = await redis_facts(redis_url)
+        self._console.say("redis", f"REDIS_URL answers (version {facts.version})")
 
-    async def _schema(self, database_url: str) -> None:
+    async def _schema(self, database_url: str, *, embedded: bool) -> None:
         from headwater.store import migrate
 
-        embedded = self._settings.database_url is None
         await asyncio.to_thread(migrate.init if embedded else migrate.upgrade, database_url)
         if not embedded:
             self._console.say("postgres", "DATABASE_URL answers, its schema is up to date")

@@ -58,8 +58,12 @@ class Journal:
         `journal_foreign`, `journal_sqlite`. A damaged file is left untouched.
         """
         await asyncio.to_thread(self._file.prepare)
-        await self._writer.open()
-        await self._reader.open()
+        try:
+            await self._writer.open()
+            await self._reader.open()
+        except BaseException:
+            await self.close()
+            raise
 
     async def close(self) -> None:
         """Finish what is queued and close the file. Harmless when it is not open."""

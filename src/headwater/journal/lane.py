@@ -59,7 +59,9 @@ class Lane:
         self._pid = 0
 
     async def open(self) -> None:
-        """Start the thread and its connection. Raises JournalUnavailable."""
+        """Start the thread and its connection; harmless the second time. Raises JournalUnavailable."""
+        if self._thread is not None:
+            return
         self._loop = asyncio.get_running_loop()
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._main, name=self._name, daemon=True)
@@ -124,8 +126,7 @@ class Lane:
             logger.debug("%s failed", self._name, exc_info=True)
             for job in jobs:
                 job.error = error
-        if any(isinstance(job.error, apsw.IOError | apsw.CantOpenError) for job in jobs) and connection is not None:
-            # The descriptors may have gone bad with the disk: the next job opens the file again.
+        if connection is not None and _spoilt(connection, jobs):
             connection.close()
             connection = None
         for job in jobs:
@@ -153,6 +154,11 @@ class Lane:
                 job.future.set_exception(job.error)
             else:
                 job.future.set_result(job.result)
+
+
+def _spoilt(connection: apsw.Connection, jobs: Sequence[_Job]) -> bool:
+    """Whether the next job must open the file again: descriptors can go bad with the disk, and a rollback can fail."""
+    return connection.in_transaction or any(isinstance(job.error, apsw.IOError | apsw.CantOpenError) for job in jobs)
 
 
 def _commit(connection: apsw.Connection, jobs: Sequence[_Job]) -> None:

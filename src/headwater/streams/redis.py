@@ -64,6 +64,7 @@ class Scripts:
         self.renew = Script("renew", 3)
         self.release = Script("release", 1)
         self.cancel = Script("cancel", 1)
+        self.read = Script("read", 2)
         self.schedule = Script("schedule", 1)
         self.due = Script("due", 1)
 
@@ -86,9 +87,7 @@ class RedisStreamLog(StreamLog):
             timeout=CALL_TIMEOUT,
             # RESP2: the same answers from 6.2 to Valkey 9, and no maintenance pushes in between.
             protocol=2,
-            socket_timeout=ANSWER_TIMEOUT,
-            socket_connect_timeout=CONNECT_TIMEOUT,
-            socket_keepalive=True,
+            **_timeouts(url),
             retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.3), RETRIES, (RedisConnectionError,)),
         )
         # Any: redis-py leaves `execute_command`, which all here goes through, without types.
@@ -178,13 +177,9 @@ class RedisStreamLog(StreamLog):
         return [_meta(run_id, now, values) for run_id, values in zip(run_ids, replies, strict=True)]
 
     async def read(self, run_id: str, after: int, limit: int) -> Page | None:
-        known, count, raws = await self._send(
-            ("HMGET", keys.metadata(run_id), "epoch", "status", "chunk_count"),
-            ("LLEN", keys.chunks(run_id)),
-            ("LRANGE", keys.chunks(run_id), after, after + limit - 1),
-            atomic=True,
-        )
-        epoch, status, written = known
+        asked = self._scripts.read(keys.metadata(run_id), keys.chunks(run_id), after, limit)
+        (reply,) = await self._send(asked)
+        epoch, status, written, count, raws = reply
         if epoch is None:
             return None
         closed = RunState(status.decode()).terminal
@@ -256,16 +251,16 @@ class RedisStreamLog(StreamLog):
         mode = "NX" if only_new else ""
         return self._scripts.schedule(keys.DUE, run_id, math.ceil(seconds * 1000), self._live_ttl, mode)
 
-    async def _send(self, *commands: Command, atomic: bool = False) -> list[Any]:
+    async def _send(self, *commands: Command) -> list[Any]:
         """All commands in one round trip, their answers in order. Raises LogUnavailable for whatever goes wrong."""
         try:
             async with asyncio.timeout(CALL_TIMEOUT):
-                replies = await self._trip(commands, atomic)
+                replies = await self._trip(commands)
                 unknown = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
                 if unknown:
                     # A restart or SCRIPT FLUSH took the scripts: load them and call again what did not run.
-                    await self._trip([("SCRIPT LOAD", script.text) for script in self._scripts.all()], atomic=False)
-                    again = await self._trip([commands[i] for i in unknown], atomic=False)
+                    await self._trip([("SCRIPT LOAD", script.text) for script in self._scripts.all()])
+                    again = await self._trip([commands[i] for i in unknown])
                     for i, reply in zip(unknown, again, strict=True):
                         replies[i] = reply
         except (RedisError, OSError, TimeoutError) as error:
@@ -275,13 +270,13 @@ class RedisStreamLog(StreamLog):
                 _unavailable(reply)
         return replies
 
-    async def _trip(self, commands: Sequence[Command], atomic: bool) -> list[Any]:
+    async def _trip(self, commands: Sequence[Command]) -> list[Any]:
         if len(commands) == 1:
             try:
                 return [await self._redis.execute_command(*commands[0])]
             except NoScriptError as error:
                 return [error]
-        pipeline = self._redis.pipeline(transaction=atomic)
+        pipeline = self._redis.pipeline(transaction=False)
         for command in commands:
             pipeline.execute_command(*command)
         return list(await pipeline.execute(raise_on_error=False))
@@ -295,9 +290,7 @@ class SyncMetaReader:
             url,
             protocol=2,
             decode_responses=True,
-            socket_timeout=ANSWER_TIMEOUT,
-            socket_connect_timeout=CONNECT_TIMEOUT,
-            socket_keepalive=True,
+            **_timeouts(url),
             retry=SyncRetry(NoBackoff(), 1, (RedisConnectionError,)),
         )
 
@@ -320,6 +313,12 @@ def read_status_sync(url: str, run_id: str) -> Mapping[str, str]:
         return reader.read(run_id)
     finally:
         reader.close()
+
+
+def _timeouts(url: str) -> dict[str, Any]:
+    timeouts = {"socket_timeout": ANSWER_TIMEOUT, "socket_connect_timeout": CONNECT_TIMEOUT}
+    # A unix socket has no keep-alive, and redis-py refuses to be told of one.
+    return timeouts if url.startswith("unix:") else {**timeouts, "socket_keepalive": True}
 
 
 def _keys(run_id: str) -> tuple[str, str, str]:

@@ -23,6 +23,7 @@ from headwater.store import Store
 from headwater.sweeper import BATCH, Sweeper
 from headwater.syncer import Syncer
 from headwater.telemetry import Telemetry
+from headwater.worker.presence import Presence
 
 #: Milliseconds a journalled record stays after PostgreSQL has it.
 KEEP_SYNCED_MS: Final = 7 * 86_400_000
@@ -83,5 +84,5 @@ async def open_graph(settings: Settings, celery: Celery) -> AsyncIterator[Graph]
             telemetry=telemetry,
             grace=settings.queue_grace,
         )
-        async with running(syncer, dispatcher, runner.leases, sweeper):
+        async with running(syncer, dispatcher, runner.leases, sweeper, Presence(log)):
             yield Graph(runner, sweeper, syncer, journal, clock)

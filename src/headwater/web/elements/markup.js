@@ -6,7 +6,7 @@
 import createPurify from "dompurify";
 import MarkdownIt from "markdown-it";
 
-const TAGS = `a blockquote br code del em h1 h2 h3 h4 h5 h6 hr li ol p pre s span strong table tbody td th thead tr ul`;
+const TAGS = `a blockquote br code del em h3 h4 h5 h6 hr li ol p pre s span strong table tbody td th thead tr ul`;
 const LARGEST_HIGHLIGHT = 30_000; // characters of code; beyond, colours cost more than they tell
 
 const purify = createPurify(window);
@@ -38,6 +38,13 @@ markdown.renderer.rules.image = (tokens, index) => {
   if (inLink > 0) return label;
   return `<a class="image" href="${markdown.utils.escapeHtml(token.attrGet("src"))}">${label}</a>`;
 };
+for (const rule of ["heading_open", "heading_close"]) {
+  // The page has its own h1 and h2; an answer's headings are below them.
+  markdown.renderer.rules[rule] = (tokens, index, options, _env, self) => {
+    tokens[index].tag = `h${Math.min(6, Number(tokens[index].tag[1]) + 2)}`;
+    return self.renderToken(tokens, index, options);
+  };
+}
 for (const rule of ["th_open", "td_open"]) {
   // Alignment comes as a style attribute, which the page's policy forbids.
   markdown.renderer.rules[rule] = (tokens, index, options, _env, self) => {

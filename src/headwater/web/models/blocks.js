@@ -25,31 +25,35 @@ export class Splitter {
   split(text, finished) {
     if (!text.startsWith(this.#text)) [this.#settled, this.#blocks, this.#definitions] = [0, [], ""];
     this.#text = text;
-    // An unfinished line may still become anything: "2" becomes "2. item" of the list before it.
+    // An unfinished line may still become anything: "2" becomes "2. item" of the list before it. So it
+    // is shown as what it is now, but settles nothing.
     const whole = text.lastIndexOf("\n") + 1;
     if (whole > this.#settled) this.#settle(text.slice(this.#settled, whole));
     if (finished) this.#definitions = definitions(text);
-    const rest = text.slice(this.#settled);
-    const last = finished ? rest : heal(rest);
-    const blocks = last.trim() === "" ? this.#blocks : [...this.#blocks, last];
+    const rest = this.#cut(text.slice(this.#settled));
+    const last = finished ? rest.at(-1) : heal(rest.at(-1));
+    const blocks = [...this.#blocks, ...rest.slice(0, -1), ...(last.trim() === "" ? [] : [last])];
     return this.#definitions ? blocks.map((block) => this.#defined(block)) : blocks;
   }
 
   #settle(part) {
+    const blocks = this.#cut(part).slice(0, -1);
+    this.#blocks.push(...blocks);
+    this.#settled += blocks.reduce((length, block) => length + block.length, 0);
+  }
+
+  /** The blocks of `source`, which together are `source`; at least one. */
+  #cut(source) {
     const tokens = [];
     const env = {};
-    const source = part.replace(/\r\n?/g, "\n");
-    if (source !== part) return; // line numbers would lie; rare enough to wait for the end
-    this.#md.block.parse(source, this.#md, env, tokens);
-    const starts = tokens.filter((token) => token.level === 0 && token.nesting >= 0 && token.map).map(({ map }) => map[0]);
-    if (starts.length < 2) return;
-    const offsets = lineOffsets(source);
-    for (let n = 0; n + 1 < starts.length; n++) {
-      const block = source.slice(offsets[n === 0 ? 0 : starts[n]], offsets[starts[n + 1]]);
-      this.#blocks.push(block);
-      this.#settled += block.length;
-    }
+    // The parser counts lines after making all line ends alike; a lone CR would shift them.
+    if (/\r(?!\n)/.test(source)) return [source];
+    this.#md.block.parse(source.replace(/\r/g, ""), this.#md, env, tokens);
     if (Object.keys(env.references ?? {}).length > 0) this.#definitions = definitions(this.#text);
+    const offsets = lineOffsets(source);
+    const tops = tokens.filter((token) => token.level === 0 && token.nesting >= 0 && token.map);
+    const cuts = tops.slice(1).map(({ map }) => offsets[map[0]]);
+    return [0, ...cuts].map((from, n) => source.slice(from, cuts[n] ?? source.length));
   }
 
   #defined(block) {

@@ -1,0 +1,262 @@
+"""Using the page: keyboard, screen reader, small screens, colours, and the list of chats."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from browser.conftest import Visit
+from browser.visitor import Visitor
+from playwright.async_api import expect
+from support.stack import StackMaker
+
+#: What assistive technology trips over most.
+FLAWS = """() => {
+  const flaws = [];
+  const name = (element) => (element.getAttribute("aria-label") || element.labels?.[0]?.textContent
+    || document.getElementById(element.getAttribute("aria-labelledby"))?.textContent || element.textContent || "").trim();
+  for (const element of document.querySelectorAll("button, a[href], input, textarea, summary, dialog, nav, aside, section, [role=region]"))
+    if (!name(element)) flaws.push(`no name: ${element.outerHTML.slice(0, 80)}`);
+  const ids = [...document.querySelectorAll("[id]")].map(({ id }) => id);
+  for (const id of ids) if (ids.indexOf(id) !== ids.lastIndexOf(id)) flaws.push(`twice: #${id}`);
+  for (const landmark of ["main", "nav", "header", "h1"])
+    if (document.querySelectorAll(landmark).length !== 1) flaws.push(`not one ${landmark}`);
+  if (!document.documentElement.lang) flaws.push("no language");
+  for (const element of document.querySelectorAll("svg")) if (!element.closest("[aria-hidden]")) flaws.push("svg is read out");
+  for (const element of document.querySelectorAll("[aria-describedby], [aria-labelledby]"))
+    for (const id of (element.getAttribute("aria-describedby") ?? element.getAttribute("aria-labelledby")).split(" "))
+      if (!document.getElementById(id)) flaws.push(`points nowhere: ${id}`);
+  for (const element of document.querySelectorAll("[aria-hidden=true]"))
+    if (element.querySelector("a, button, input, textarea")) flaws.push("hidden but focusable");
+  return flaws;
+}"""
+
+#: Contrast of text against what is behind it, by WCAG 2.2; 4.5 is asked for. Colours go through a canvas, as
+#: the style may give them in any notation.
+CONTRASTS = """() => {
+  const pen = Object.assign(document.createElement("canvas"), { width: 1, height: 1 }).getContext("2d", { willReadFrequently: true });
+  const rgba = (colour) => { pen.clearRect(0, 0, 1, 1); pen.fillStyle = colour; pen.fillRect(0, 0, 1, 1); return [...pen.getImageData(0, 0, 1, 1).data]; };
+  const light = ([r, g, b]) => [r, g, b].map((c) => (c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, c, n) => sum + c * [0.2126, 0.7152, 0.0722][n], 0);
+  const behind = (element) => { for (let at = element; at; at = at.parentElement) { const c = rgba(getComputedStyle(at).backgroundColor); if (c[3] === 255) return c; } return [255, 255, 255]; };
+  const poor = [];
+  for (const element of document.querySelectorAll("#page *")) {
+    const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
+    const style = getComputedStyle(element);
+    if (!own || !element.checkVisibility({ opacityProperty: true, visibilityProperty: true }) || element.closest("[disabled], .visually-hidden, .skip")) continue;
+    const [a, b] = [light(rgba(style.color)), light(behind(element))];
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < 4.5) poor.push(`${ratio.toFixed(2)} ${element.tagName}.${element.className}: ${element.textContent.slice(0, 30)}`);
+  }
+  return [...new Set(poor)];
+}"""
+
+EVERYTHING = "# Title\n\nText with `code`, a [link](https://example.com) and\n\n> a quote\n\n```python\n# note\nx = 'a' + 1\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n"
+
+
+async def _fill(visitor: Visitor) -> None:
+    await visitor.ask("Everything " + visitor.script(EVERYTHING))
+    await visitor.finished()
+    mark = visitor.script()
+    visitor.refuse(mark, visitor.model.scenarios["auth"])
+    await visitor.ask("And a failure " + mark)
+    await expect(visitor.answers.last.locator(".failure")).to_be_visible()
+
+
+@pytest.mark.parametrize("colours", ["light", "dark"])
+async def test_everything_has_a_name_and_enough_contrast(visit: Visit, colours: Any) -> None:
+    visitor = await visit(color_scheme=colours)
+    assert await visitor.page.evaluate(FLAWS) == []
+    await _fill(visitor)
+    await visitor.open_log()
+    await expect(visitor.answers.first.locator(".hljs-string")).to_be_visible()
+    assert await visitor.page.evaluate(FLAWS) == []
+    assert await visitor.page.evaluate(CONTRASTS) == []
+
+
+async def test_a_chosen_theme_holds_after_a_refresh(visit: Visit) -> None:
+    visitor = await visit(color_scheme="light")
+    background = "getComputedStyle(document.body).backgroundColor"
+    light = await visitor.page.evaluate(background)
+    toggle = visitor.page.get_by_role("button", name=re.compile("^Colours"))
+    await toggle.click()
+    await toggle.click()
+    await expect(visitor.page.get_by_role("button", name="Colours: dark")).to_be_visible()
+    assert await visitor.page.evaluate(background) != light
+    await visitor.refresh()
+    await expect(visitor.page.get_by_role("button", name="Colours: dark")).to_be_visible()
+    assert await visitor.page.evaluate(background) != light
+
+
+async def test_a_whole_conversation_by_keyboard(visitor: Visitor) -> None:
+    keyboard = visitor.page.keyboard
+    await expect(visitor.field).to_be_focused()
+    await keyboard.type("Two")
+    await keyboard.press("Shift+Enter")
+    await keyboard.type("lines " + visitor.script("Half", {"hang": True}))
+    await keyboard.press("Enter")
+    await visitor.reads("Half")
+    assert await visitor.questions.first.locator(".bubble").inner_text() == "Two\n" + await _second_line(visitor)
+    await keyboard.press("Escape")
+    await expect(visitor.answers.last).to_contain_text("You stopped this answer.")
+    await keyboard.press("Control+k")
+    await expect(visitor.page.get_by_role("searchbox")).to_be_focused()
+    await keyboard.type("no such chat anywhere")
+    await expect(visitor.page.get_by_role("navigation", name="Chats")).to_contain_text("No chat is called")
+    await keyboard.press("Control+a")
+    await keyboard.press("Delete")
+    await expect(visitor.page.locator(".chat.current")).to_have_count(1)
+    # Delete this chat without a mouse: from the search to the list, to its verbs, to the question.
+    await visitor.page.locator(".chat.current a").focus()
+    await keyboard.press("Tab")
+    await keyboard.press("Tab")
+    await keyboard.press("Enter")
+    await expect(visitor.page.get_by_role("dialog")).to_be_visible()
+    await expect(visitor.page.get_by_role("button", name="Keep it")).to_be_focused()
+    await keyboard.press("Escape")
+    await expect(visitor.page.get_by_role("dialog")).to_have_count(0)
+    await expect(visitor.page.get_by_role("button", name=re.compile("^Delete Two"))).to_be_focused()
+
+
+async def _second_line(visitor: Visitor) -> str:
+    return (await visitor.questions.first.locator(".bubble").inner_text()).partition("\n")[2]
+
+
+async def test_the_focus_is_always_visible(visitor: Visitor) -> None:
+    await visitor.ask("Focus")
+    await visitor.finished()
+    seen = set()
+    for _ in range(25):
+        await visitor.page.keyboard.press("Tab")
+        outlined, what = await visitor.page.evaluate(
+            """() => {
+              const element = document.activeElement;
+              const shown = getComputedStyle(element).outlineStyle !== "none" || element.id === "composer" || element === document.body;
+              return [shown && element.checkVisibility({ opacityProperty: true, visibilityProperty: true }), element.outerHTML.slice(0, 90)];
+            }"""
+        )
+        assert outlined, what
+        seen.add(what)
+    assert len(seen) > 8
+
+
+async def test_chats_are_renamed_found_and_deleted(visitor: Visitor) -> None:
+    await visitor.ask("Quokka facts")
+    await visitor.finished()
+    await visitor.chat("Quokka facts").hover()
+    await visitor.press("Rename Quokka facts")
+    await visitor.page.get_by_label("Title of the chat").fill("Small marsupials")
+    await visitor.page.keyboard.press("Enter")
+    await expect(visitor.chat("Small marsupials")).to_have_count(1)
+    await expect(visitor.page.get_by_role("heading", level=1)).to_have_text("Small marsupials")
+    await visitor.page.get_by_role("searchbox").fill("MARSUP")
+    await expect(visitor.page.locator(".chat")).to_have_count(1)
+    await visitor.chat("Small marsupials").hover()
+    await visitor.press("Delete Small marsupials")
+    await visitor.page.get_by_role("dialog").get_by_role("button", name="Keep it").click()
+    await expect(visitor.chat("Small marsupials")).to_have_count(1)
+    await visitor.press("Delete Small marsupials")
+    await visitor.page.get_by_role("dialog").get_by_role("button", name="Delete", exact=True).click()
+    await expect(visitor.chat("Small marsupials")).to_have_count(0)
+    await expect(visitor.page.get_by_role("heading", name="What is on your mind?")).to_be_visible()
+
+
+async def test_deleting_a_chat_that_answers_ends_it(visitor: Visitor) -> None:
+    await visitor.ask("Doomed " + visitor.script("Never ", {"hang": True}))
+    await visitor.reads("Never")
+    await visitor.chat("Doomed").hover()
+    await visitor.press("Delete Doomed")
+    await visitor.page.get_by_role("dialog").get_by_role("button", name="Delete", exact=True).click()
+    await expect(visitor.chat("Doomed")).to_have_count(0)
+    await visitor.refresh()
+    await expect(visitor.page.get_by_role("searchbox")).to_be_visible()
+    await expect(visitor.chat("Doomed")).to_have_count(0)
+
+
+async def test_many_chats_come_page_by_page(visit: Visit, make_stack: StackMaker) -> None:
+    stack = await make_stack()
+    async with stack.client() as client:
+        for n in range(45):
+            (await client.post("/api/chats", json={"title": f"Chat number {n}"})).raise_for_status()
+    visitor = await visit(stack)
+    await expect(visitor.page.locator(".chat")).to_have_count(30)
+    await visitor.press("Show earlier chats")
+    await expect(visitor.page.locator(".chat")).to_have_count(45)
+    await expect(visitor.page.get_by_role("button", name="Show earlier chats")).to_have_count(0)
+    assert len(set(await visitor.titles())) == 45
+
+
+async def test_a_phone_shows_everything_without_scrolling_sideways(visit: Visit) -> None:
+    visitor = await visit(width=360, height=700, has_touch=True, is_mobile=True)
+    wide = "```\n" + "long code " * 40 + "\n```\n\n" + "| column " * 12 + "|\n" + "|---" * 12 + "|\n\n" + "word" * 100
+    await visitor.ask("x" * 120 + " " + visitor.script(wide))
+    await visitor.finished()
+    await _fits(visitor)
+    menu = visitor.page.get_by_role("button", name="Open chats")
+    chats = visitor.page.get_by_role("navigation", name="Chats")
+    await expect(chats).to_be_hidden()
+    await menu.click()
+    await expect(chats).to_be_visible()
+    await expect(visitor.page.get_by_role("button", name="Close chats")).to_be_focused()
+    await _fits(visitor)
+    await visitor.page.keyboard.press("Escape")
+    await expect(chats).to_be_hidden()
+    await expect(menu).to_be_focused()
+    await visitor.open_log()
+    await _fits(visitor)
+
+
+async def _fits(visitor: Visitor) -> None:
+    await expect(visitor.page.locator("main")).to_be_visible()
+    sideways = """() => [document.documentElement, document.querySelector(".scroll")]
+      .map((element) => element.scrollWidth - element.clientWidth)"""
+    assert await visitor.page.evaluate(sideways) == [0, 0]
+
+
+async def test_the_end_is_followed_only_while_the_reader_is_there(visitor: Visitor) -> None:
+    lines = "\n\n".join(f"Line {n}" for n in range(60))
+    await visitor.ask(
+        "Long " + visitor.script(lines, {"wait": "scrolled"}, "\n\nMore", {"wait": "jumped"}, "\n\nThe end")
+    )
+    await expect(visitor.answer.get_by_text("Line 59", exact=True)).to_be_in_viewport()
+    await visitor.answer.get_by_text("Line 30", exact=True).hover()
+    await visitor.page.mouse.wheel(0, -1500)
+    jump = visitor.page.get_by_role("button", name="Jump to latest")
+    await expect(jump).to_be_visible()
+    visitor.let("scrolled")
+    more = visitor.answer.get_by_text("More", exact=True)
+    await expect(more).to_have_count(1)
+    await expect(more).not_to_be_in_viewport()
+    await jump.click()
+    await expect(more).to_be_in_viewport()
+    visitor.let("jumped")
+    await expect(visitor.answer.get_by_text("The end", exact=True)).to_be_in_viewport()
+    await expect(jump).to_have_count(0)
+
+
+async def test_the_demo_model_says_that_it_is_one(visit: Visit, make_stack: StackMaker) -> None:
+    stack = await make_stack(openai_url=None)
+    visitor = await visit(stack)
+    banner = visitor.page.locator(".banner.demo")
+    await expect(banner).to_contain_text("Demo model")
+    await expect(banner).to_contain_text("OPENAI_API_KEY")
+    await visitor.ask("Hello")
+    await expect(visitor.answer).not_to_be_empty()
+
+
+async def test_a_database_that_is_away_is_said(visit: Visit, make_stack: StackMaker) -> None:
+    stack = await make_stack(own_postgres=True)
+    visitor = await visit(stack)
+    assert stack.postgres_server is not None
+    stack.postgres_server.stop()
+    await expect(visitor.page.locator(".banner.warn")).to_contain_text("History is catching up", timeout=30_000)
+
+
+async def test_less_motion_is_respected(visit: Visit) -> None:
+    visitor = await visit(reduced_motion="reduce")
+    await visitor.ask("Calm " + visitor.script("calm ", {"wait": "calm"}))
+    await visitor.answering()
+    moving = "[...document.getAnimations()].length"
+    assert await visitor.page.evaluate(moving) == 0
+    visitor.let("calm")

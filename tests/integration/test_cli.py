@@ -1,0 +1,261 @@
+"""The command line against real servers: words in, words and exit codes out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import psycopg
+import pytest
+from typer.testing import CliRunner
+
+from headwater.cli import main
+from headwater.dev.place import Note, Place
+from headwater.dev.services import Postgres
+from headwater.settings import child_environment
+from support.stack import Stack
+from support.wait import eventually
+
+
+class Command:
+    """The command, with an environment in which nothing is set. Called, it runs in this process, in a thread:
+    a new interpreter for every word would be most of the tests' time.
+    """
+
+    def __init__(self, folder: Path, **environment: str | None) -> None:
+        self.folder = folder
+        names = ("REDIS_URL", "DATABASE_URL", "OPENAI_API_KEY", "OPENAI_BASE_URL", "HOST", "PORT", "DEBUG")
+        clean: dict[str, str | None] = dict.fromkeys(names)
+        self.environment = child_environment(**{**clean, "HEADWATER_DATA_DIR": str(folder / "data"), **environment})
+
+    def popen(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "headwater", *arguments],
+            env=self.environment,
+            cwd=self.folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    async def __call__(self, *arguments: str, answer: str = "") -> tuple[int, str]:
+        """Exit code and all output."""
+        return await asyncio.to_thread(self._run, arguments, answer)
+
+    def _run(self, arguments: tuple[str, ...], answer: str) -> tuple[int, str]:
+        runner = CliRunner()
+        environment = {**dict.fromkeys(child_environment()), **self.environment}
+        with runner.isolation(input=answer, env=environment) as streams:
+            try:
+                main(arguments)
+                code = 0
+            except SystemExit as end:
+                code = int(end.code or 0)
+            return code, streams[2].getvalue().decode()
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    """Without any server."""
+    return Command(tmp_path)
+
+
+@pytest.fixture
+def with_servers(tmp_path: Path, redis_url: str, database_url: str) -> Command:
+    return Command(tmp_path, REDIS_URL=redis_url, DATABASE_URL=database_url)
+
+
+def of_stack(stack: Stack, folder: Path) -> Command:
+    return Command(folder, REDIS_URL=stack.redis_url, DATABASE_URL=stack.database_url)
+
+
+async def ask(stack: Stack, question: str) -> str:
+    """Send a message. Returns the run's id."""
+    async with stack.client() as http:
+        chat = (await http.post("/api/chats", json={})).raise_for_status().json()["id"]
+        reply = await http.post(f"/api/chats/{chat}/messages", json={"content": question})
+        return str(reply.raise_for_status().json()["task_id"])
+
+
+def insert_chat(url: str) -> None:
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(
+            "INSERT INTO chats (id, owner_id, title, created_at, updated_at, version) "
+            "VALUES (%s, 'local', 't', now(), now(), 1)",
+            ["01890000-0000-7000-8000-000000000001"],
+        )
+
+
+def count_chats(url: str) -> int:
+    with psycopg.connect(url) as connection:
+        row = connection.execute("SELECT count(*) FROM chats").fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+async def test_version_names_headwater_and_python(command: Command) -> None:
+    code, output = await command("version")
+    assert code == 0
+    assert re.search(r"^headwater +\d+\.\d+", output, re.MULTILINE)
+    assert f"python      {sys.version.split()[0]}" in output
+
+
+@pytest.mark.parametrize("part", ["server", "worker", "beat"])
+async def test_a_part_without_its_servers_says_which_setting_is_missing(command: Command, part: str) -> None:
+    code, output = await command(part)
+    assert code == 2
+    assert output.startswith("REDIS_URL is not set.")
+    assert "Traceback" not in output
+
+
+async def test_debug_shows_where_an_error_comes_from(tmp_path: Path) -> None:
+    code, output = await Command(tmp_path, DEBUG="1")("worker")
+    assert code == 2
+    assert "Traceback" in output
+    assert output.rstrip().splitlines()[-1].startswith("REDIS_URL is not set.")
+
+
+async def test_a_setting_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    code, output = await Command(tmp_path, PORT="http")("doctor")
+    assert code == 2
+    assert "PORT" in output
+    assert "Traceback" not in output
+
+
+async def test_an_exposed_server_without_a_token_is_refused(tmp_path: Path) -> None:
+    command = Command(tmp_path, REDIS_URL="redis://127.0.0.1:1", DATABASE_URL="postgresql://127.0.0.1:1/x")
+    code, output = await command("server", "--host", "0.0.0.0")
+    assert code == 2
+    assert "HEADWATER_ACCESS_TOKEN" in output
+
+
+async def test_db_init_makes_the_database_and_upgrade_finds_nothing_left_to_do(
+    tmp_path: Path, postgres_server: Postgres
+) -> None:
+    command = Command(tmp_path, DATABASE_URL=postgres_server.url("made_by_init"))
+    code, output = await command("db", "upgrade")
+    assert code == 1
+    assert "made_by_init" in output
+    code, output = await command("db", "init")
+    assert (code, "ready" in output) == (0, True), output
+    assert count_chats(postgres_server.url("made_by_init")) == 0
+    code, output = await command("db", "upgrade")
+    assert (code, "already" in output) == (0, True), output
+
+
+@pytest.mark.parametrize("verb", ["clear", "reset"])
+async def test_what_destroys_asks_first_and_takes_yes(with_servers: Command, database_url: str, verb: str) -> None:
+    insert_chat(database_url)
+    code, output = await with_servers("db", verb, answer="n\n")
+    assert code == 1
+    assert "cannot be undone" in output
+    assert count_chats(database_url) == 1
+    # No terminal, no answer: nothing is destroyed.
+    code, _ = await with_servers("db", verb)
+    assert code == 1
+    assert count_chats(database_url) == 1
+    code, _ = await with_servers("db", verb, answer="y\n")
+    assert code == 0
+    assert count_chats(database_url) == 0
+    insert_chat(database_url)
+    code, _ = await with_servers("db", verb, "--yes")
+    assert code == 0
+    assert count_chats(database_url) == 0
+
+
+async def test_journal_status_and_sync_on_an_empty_journal(with_servers: Command) -> None:
+    code, output = await with_servers("journal", "status")
+    assert code == 0
+    assert "Waiting    0 records" in output
+    code, output = await with_servers("journal", "sync")
+    assert code == 0
+    assert output.startswith("0 records were handed over")
+
+
+async def test_doctor_finds_a_whole_system_well(with_servers: Command) -> None:
+    code, output = await with_servers("doctor")
+    assert code == 0, output
+    assert "✘" not in output
+    assert re.search(r"^✔ PostgreSQL +version 18", output, re.MULTILINE)
+    # The tests' Redis keeps no file, which deserves a look and no more.
+    assert re.search(r"^! Redis .*append-only", output, re.MULTILINE)
+    assert re.search(r"^! Model ", output, re.MULTILINE)
+
+
+async def test_doctor_exits_with_1_and_says_what_to_do_when_something_is_broken(
+    tmp_path: Path, redis_url: str, postgres_server: Postgres
+) -> None:
+    postgres_server.create_database("without_schema")
+    command = Command(tmp_path, REDIS_URL=redis_url, DATABASE_URL=postgres_server.url("without_schema"))
+    code, output = await command("doctor")
+    assert code == 1
+    assert re.search(r"^✘ PostgreSQL +schema is missing.*\n.*headwater db upgrade", output, re.MULTILINE)
+
+
+async def test_commands_find_the_servers_of_a_running_up_in_the_data_folder(
+    tmp_path: Path, redis_url: str, database_url: str
+) -> None:
+    command = Command(tmp_path)
+    code, output = await command("db", "upgrade")
+    assert (code, "DATABASE_URL is not set" in output) == (2, True)
+    place = Place.hold(tmp_path / "data")
+    try:
+        place.write_note(Note(pid=1, url="http://127.0.0.1:1", redis_url=redis_url, database_url=database_url))
+        code, output = await command("db", "upgrade")
+        assert (code, "already" in output) == (0, True), output
+    finally:
+        place.release()
+    code, _ = await command("db", "upgrade")
+    assert code == 2
+
+
+async def test_monitor_redis_shows_the_events_of_a_run(stack: Stack, tmp_path: Path) -> None:
+    with of_stack(stack, tmp_path).popen("monitor", "redis") as process:
+        assert process.stdout is not None
+        try:
+            first = await asyncio.to_thread(process.stdout.readline)
+            assert "following stream:*" in first
+            run_id = await ask(stack, "[[scenario:hello]] monitored")
+            lines = ""
+            while "done" not in lines:
+                lines += await asyncio.to_thread(process.stdout.readline)
+        finally:
+            process.kill()
+    assert f"stream:{{{run_id}}}" in lines
+    assert "Hello" in lines
+
+
+async def test_monitor_celery_lists_workers_and_runs_and_follows_one_to_its_end(stack: Stack, tmp_path: Path) -> None:
+    command = of_stack(stack, tmp_path)
+    run_id = await ask(stack, "[[scenario:hello]] listed")
+    code, output = await command("monitor", "celery", run_id)
+    assert code == 0, output
+    assert re.search(r"done, chat, \d+ events.*Celery: SUCCESS", output.splitlines()[-1])
+    code, output = await command("monitor", "celery", "list")
+    assert code == 0
+    assert re.search(r"^Workers\n +worker1@", output, re.MULTILINE)
+    assert re.search(rf"^ +{run_id} +done, chat", output, re.MULTILINE)
+
+
+async def test_monitor_celery_says_that_a_task_is_unknown(stack: Stack, tmp_path: Path) -> None:
+    code, output = await of_stack(stack, tmp_path)("monitor", "celery", "01890000-0000-7000-8000-00000000dead")
+    assert code == 1
+    assert "unknown" in output
+
+
+async def test_journal_sync_brings_what_was_kept_while_postgres_was_away(stack: Stack, tmp_path: Path) -> None:
+    """The stack's own journal: everything that was said is in PostgreSQL, and status says so."""
+    await ask(stack, "[[scenario:hello]] kept")
+    command = Command(tmp_path, DATABASE_URL=stack.database_url, HEADWATER_DATA_DIR=str(stack.folder / "data"))
+
+    async def nothing_waits() -> bool:
+        code, output = await command("journal", "status")
+        return code == 0 and "Waiting    0 records" in output
+
+    await eventually(nothing_waits, 30)
+    assert json.dumps(await command("journal", "sync")).startswith('[0, "0 records')

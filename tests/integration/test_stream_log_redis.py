@@ -1,0 +1,280 @@
+"""What the log in Redis promises beyond the contract: its keys, its scripts, and a server in trouble."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import orjson
+import pytest
+
+from headwater.errors import LogLost, LogUnavailable
+from headwater.events import Event
+from headwater.runs import Run
+from headwater.streams import connect
+from headwater.streams.redis import RedisStreamLog, SyncMetaReader, read_status_sync
+from support.own_redis import CERTIFICATE, frozen, own_redis, tls_in_front_of
+from support.streams import RedisWorld, end, new_run, numbered, seqs
+from support.wait import eventually
+
+#: Seconds; far above any call's own limit, far below for ever.
+BOUND = 20
+
+
+@pytest.fixture
+async def world(redis_url: str) -> AsyncIterator[RedisWorld]:
+    world = RedisWorld(redis_url)
+    yield world
+    await world.close()
+
+
+class TestKeys:
+    async def test_the_documented_keys_hold_what_is_documented(self, world: RedisWorld) -> None:
+        run = new_run(chat_id="chat-1", input={"text": "hi"})
+        await world.log.open(run, 15)
+        lease = await world.written(run, 2, "host:1:task")
+        name = f"stream:{{{run.id}}}"
+        assert sorted(await world.raw.keys("*")) == sorted(
+            [f"{name}:chunks", f"{name}:metadata", f"{name}:run", "headwater:due"]
+        )
+        assert await world.raw.lrange(f"{name}:chunks", 0, -1) == [event.encode().decode() for event in numbered(1, 2)]
+        fields = await world.raw.hgetall(f"{name}:metadata")
+        # Kept to tell a server that restarted from one that did not.
+        assert fields.pop("server")
+        times = {name: int(fields.pop(name)) for name in ("created_at", "updated_at", "started_at", "lease_until")}
+        assert times["created_at"] <= times["started_at"] <= times["updated_at"] < times["lease_until"]
+        assert fields == {
+            "status": "running",
+            "epoch": lease.epoch,
+            "attempt": "1",
+            "owner_id": "local",
+            "kind": "chat",
+            "chat_id": "chat-1",
+            "chunk_count": "2",
+            "cancel": "0",
+            "holder": "host:1:task",
+        }
+        assert Run.from_json(orjson.loads(await world.raw.get(f"{name}:run"))) == run
+        assert await world.raw.zscore("headwater:due", run.id) is not None
+
+    async def test_a_live_run_stays_a_day_at_least_and_an_ended_one_its_ttl(self, world: RedisWorld) -> None:
+        run = new_run()
+        await world.log.open(run, 15)
+        lease = await world.written(run, 2)
+        name = f"stream:{{{run.id}}}"
+        for key in ("chunks", "metadata", "run"):
+            assert 86_000 < await world.raw.ttl(f"{name}:{key}") <= 86_400
+        assert await world.raw.ttl("headwater:due") > 86_000
+        await world.log.append(lease, [end(3)])
+        for key in ("chunks", "metadata"):
+            assert 3_500 < await world.raw.ttl(f"{name}:{key}") <= 3_600
+        assert not await world.raw.exists(f"{name}:run")
+        assert int(await world.raw.hget(f"{name}:metadata", "ended_at")) > 0
+
+    async def test_the_channel_carries_the_epoch_the_first_seq_and_the_events(self, world: RedisWorld) -> None:
+        run = new_run()
+        lease = await world.written(run, 1)
+        name = f"stream:{{{run.id}}}"
+        async with world.raw.pubsub() as listener:
+            await listener.subscribe(name)
+            await listener.get_message(timeout=5)
+            assert await world.raw.pubsub_channels("stream:*") == [name]
+            await world.log.append(lease, numbered(2, 3))
+            message = await listener.get_message(timeout=5)
+        lines = [event.encode().decode() for event in numbered(2, 3)]
+        assert message["data"] == "\n".join([f"{lease.epoch} 2", *lines])
+
+    async def test_a_celery_backend_reads_the_state_without_a_loop(self, world: RedisWorld) -> None:
+        run = new_run()
+        lease = await world.written(run, 2)
+        await world.log.append(lease, [end(3)])
+        fields = await asyncio.to_thread(read_status_sync, world.url, run.id)
+        assert (fields["status"], fields["chunk_count"], fields["attempt"]) == ("done", "3", "1")
+        assert await asyncio.to_thread(read_status_sync, world.url, new_run().id) == {}
+        reader = SyncMetaReader("redis://127.0.0.1:1/0")
+        with pytest.raises(LogUnavailable):
+            await asyncio.to_thread(reader.read, run.id)
+        reader.close()
+
+
+class TestLosses:
+    async def test_events_that_vanished_begin_a_new_epoch_at_the_next_claim(self, world: RedisWorld) -> None:
+        run = new_run()
+        first = await world.written(run, 3)
+        await world.raw.delete(f"stream:{{{run.id}}}:chunks")
+        second = await world.log.claim(run, "worker")
+        assert (second.attempt, second.length) == (2, 0)
+        assert second.epoch != first.epoch
+
+    async def test_a_closed_log_without_its_events_counts_as_none(self, world: RedisWorld) -> None:
+        run = new_run()
+        await world.log.append(await world.log.claim(run, "worker"), [*numbered(1, 2), end(3)])
+        await world.raw.delete(f"stream:{{{run.id}}}:chunks")
+        assert await world.log.read(run.id, 0, 10) is None
+
+    async def test_events_without_their_hash_are_not_mistaken_for_a_log(self, world: RedisWorld) -> None:
+        run, other = new_run(), new_run()
+        for lost in (run, other):
+            await world.written(lost, 3)
+            await world.raw.delete(f"stream:{{{lost.id}}}:metadata")
+            assert await world.log.read(lost.id, 0, 10) is None
+        assert (await world.log.claim(run, "worker")).length == 0
+        await world.log.open(other, 15)
+        page = await world.log.read(other.id, 0, 10)
+        assert page is not None
+        assert (page.count, page.events) == (0, [])
+
+    async def test_a_run_of_which_only_the_name_is_left_is_due_without_a_run(self, world: RedisWorld) -> None:
+        run = new_run()
+        await world.log.open(run, 0)
+        await world.raw.delete(f"stream:{{{run.id}}}:metadata", f"stream:{{{run.id}}}:run")
+        (due,) = await world.log.due(10)
+        assert (due.run_id, due.run, due.meta) == (run.id, None, None)
+        await world.log.forget(run.id)
+        assert await world.log.due(10) == []
+
+    async def test_after_a_restart_that_kept_the_log_its_holder_goes_on_and_an_heir_begins_a_new_epoch(
+        self, tmp_path: Path
+    ) -> None:
+        # An heir cannot know whether the restart took the newest events along.
+        with own_redis(tmp_path, appendonly="yes", appendfsync="always") as server:
+            world = RedisWorld(server.url())
+            run = new_run()
+            lease = await world.written(run, 3)
+            server.restart()
+            assert (await world.log.append(lease, numbered(4, 4))).count == 4
+            await world.log.release(lease)
+            heir = await world.log.claim(run, "heir")
+            assert (heir.attempt, heir.length) == (2, 0)
+            assert heir.epoch != lease.epoch
+            await world.close()
+
+    async def test_after_a_restart_that_lost_the_log_its_holder_writes_it_again(self, tmp_path: Path) -> None:
+        with own_redis(tmp_path) as server:
+            world = RedisWorld(server.url())
+            run = new_run()
+            lease = await world.written(run, 3)
+            server.restart()
+            with pytest.raises(LogLost):
+                await world.log.append(lease, numbered(4, 4))
+            assert (await world.log.restore(lease, run, numbered(1, 4))).count == 4
+            assert seqs(await world.events(run.id)) == [1, 2, 3, 4]
+            await world.close()
+
+
+class TestTrouble:
+    async def test_scripts_are_loaded_again_when_the_server_forgot_them(self, world: RedisWorld) -> None:
+        run, other = new_run(), new_run()
+        lease = await world.written(run, 1)
+        await world.raw.script_flush()
+        # One alone, and several in one trip.
+        assert (await world.log.append(lease, numbered(2, 2))).count == 2
+        await world.raw.script_flush()
+        second = await world.log.claim(other, "worker")
+        await world.raw.script_flush()
+        assert [str(answer) for answer in await world.log.renew([lease, second])] == ["held", "held"]
+
+    async def test_a_full_server_is_unavailable_and_takes_all_or_nothing(self, tmp_path: Path) -> None:
+        with own_redis(tmp_path) as server:
+            world = RedisWorld(server.url())
+            run = new_run()
+            lease = await world.written(run, 2)
+            await world.raw.config_set("maxmemory", 1)
+            with pytest.raises(LogUnavailable, match="memory"):
+                await world.log.append(lease, numbered(3, 4))
+            with pytest.raises(LogUnavailable):
+                await world.log.open(new_run(), 15)
+            assert seqs(await world.events(run.id)) == [1, 2]
+            await world.raw.config_set("maxmemory", 0)
+            assert (await world.log.append(lease, numbered(3, 4))).count == 4
+            await world.close()
+
+    async def test_a_frozen_server_is_unavailable_in_bounded_time_and_usable_afterwards(self, tmp_path: Path) -> None:
+        with own_redis(tmp_path) as server:
+            world = RedisWorld(server.url())
+            run = new_run()
+            lease = await world.written(run, 2)
+            with frozen(server):
+                async with asyncio.timeout(BOUND):
+                    calls = (
+                        world.log.append(lease, numbered(3, 3)),
+                        world.log.read(run.id, 0, 10),
+                        world.log.renew([lease]),
+                        world.log.ping(),
+                    )
+                    answers = await asyncio.gather(*calls, return_exceptions=True)
+                assert [type(answer) for answer in answers] == [LogUnavailable] * 4
+            # The append may have arrived while nobody waited for its answer any more: said again, it counts once.
+            assert (await world.log.append(lease, numbered(3, 4))).count == 4
+            assert seqs(await world.events(run.id)) == [1, 2, 3, 4]
+            await world.close()
+
+    async def test_more_calls_than_connections_all_get_their_answer(self, world: RedisWorld) -> None:
+        run = new_run()
+        await world.written(run, 3)
+        pages = await asyncio.gather(*(world.log.read(run.id, 0, 10) for _ in range(200)))
+        assert all(page is not None and page.count == 3 for page in pages)
+
+    async def test_a_stopped_server_is_unavailable_until_it_is_back(self, tmp_path: Path) -> None:
+        with own_redis(tmp_path) as server:
+            world = RedisWorld(server.url())
+            await world.log.ping()
+            server.stop()
+            async with asyncio.timeout(BOUND):
+                with pytest.raises(LogUnavailable):
+                    await world.log.ping()
+            server.start()
+            await world.log.ping()
+            await world.close()
+
+    async def test_a_wrong_password_is_named(self, tmp_path: Path) -> None:
+        with own_redis(tmp_path) as server:
+            world = RedisWorld(server.url())
+            await world.raw.config_set("requirepass", "right")
+            log = connect(server.url().replace("redis://", "redis://:wrong@"))
+            with pytest.raises(LogUnavailable, match=r"(?i)password|auth"):
+                await log.ping()
+            await log.close()
+            await world.close()
+
+
+async def test_a_unix_socket_and_tls_work_for_the_log_and_its_feed(tmp_path: Path) -> None:
+    heard: list[tuple[str, str, int]] = []
+
+    class Ear:
+        def subscribed(self, run_id: str) -> None:
+            heard.append(("subscribed", run_id, 0))
+
+        def published(self, run_id: str, epoch: str, events: Sequence[Event]) -> None:
+            heard.append(("published", run_id, len(events)))
+
+        def lost(self) -> None:
+            heard.append(("lost", "", 0))
+
+    # A unix socket's path is limited to about 100 characters.
+    socket = f"/tmp/headwater-test-{os.getpid()}.sock"
+    with own_redis(tmp_path, password="s3cret/:@", unixsocket=socket) as server:
+        async with tls_in_front_of(server.port) as port:
+            password = "s3cret%2F%3A%40"
+            for url in (
+                f"unix://:{password}@{socket}",
+                f"redis://:{password}@127.0.0.1:{server.port}/3",
+                f"redis://default:{password}@127.0.0.1:{server.port}",
+                f"rediss://:{password}@127.0.0.1:{port}/0?ssl_ca_certs={CERTIFICATE}",
+                f"rediss://:{password}@127.0.0.1:{port}/0?ssl_cert_reqs=none",
+            ):
+                heard.clear()
+                log = RedisStreamLog(url, ttl=60, lease_seconds=10)
+                feed = log.feed()
+                await feed.start(Ear())
+                run = new_run()
+                feed.follow(run.id)
+                await eventually(partial(heard.__contains__, ("subscribed", run.id, 0)))
+                lease = await log.claim(run, "worker")
+                await log.append(lease, [*numbered(1, 2), end(3)])
+                await eventually(partial(heard.__contains__, ("published", run.id, 3)))
+                await feed.stop()
+                await log.close()

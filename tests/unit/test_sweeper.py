@@ -1,0 +1,219 @@
+"""The sweeper over the memory log: what it rings for, what it announces, what it mends, what it leaves alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from headwater.clock import FrozenClock
+from headwater.errors import JournalUnavailable, LogUnavailable, StoreUnavailable
+from headwater.events import content, done
+from headwater.runs import Run, RunState
+from headwater.service import running
+from headwater.streams.base import Due
+from headwater.streams.memory import MemoryStreamLog
+from headwater.sweeper import Sweeper
+from headwater.telemetry import Telemetry
+from support.runs import new_run
+from support.wait import eventually
+
+GRACE = 15.0
+
+
+class Yard:
+    """A log, rows, and a sweeper between them."""
+
+    def __init__(self) -> None:
+        self.clock = FrozenClock()
+        self.log = MemoryStreamLog(ttl=3600, lease_seconds=10, clock=self.clock)
+        self.rows: list[Run] = []
+        self.rows_away = False
+        self.enqueued: list[str] = []
+        self.repaired: list[str] = []
+        self.repair_error: Exception | None = None
+        self.telemetry = Telemetry()
+        self.actions: list[str] = []
+        self.telemetry.listen(lambda name, value, labels: self.actions.append(labels["action"]))
+        self.sweeper = self.new_sweeper()
+
+    def new_sweeper(self, every: float = 0.001) -> Sweeper:
+        return Sweeper(
+            self.log,
+            unfinished=self.unfinished,
+            enqueue=lambda run: self.enqueued.append(run.id),
+            repair=self.repair,
+            clock=self.clock,
+            telemetry=self.telemetry,
+            grace=GRACE,
+            every=every,
+        )
+
+    async def unfinished(self) -> Sequence[Run]:
+        if self.rows_away:
+            raise StoreUnavailable("away")
+        return self.rows
+
+    async def repair(self, run: Run) -> Run:
+        if self.repair_error is not None:
+            raise self.repair_error
+        self.repaired.append(run.id)
+        return run
+
+    async def ended(self) -> Run:
+        """A run whose log is closed and whose row still waits."""
+        run = new_run()
+        lease = await self.log.claim(run, "w")
+        await self.log.append(lease, [content("x").stamped(1, 1), done().stamped(2, 2)])
+        self.rows.append(run)
+        return run
+
+
+async def test_a_run_that_nobody_claimed_in_time_is_enqueued_again() -> None:
+    yard = Yard()
+    run = new_run()
+    await yard.log.open(run, GRACE)
+    assert await yard.sweeper.sweep() == 0
+    yard.clock.advance(GRACE + 1)
+    assert await yard.sweeper.sweep() == 1
+    assert yard.enqueued == [run.id]
+    assert yard.actions == ["enqueued"]
+
+
+async def test_a_run_whose_worker_died_is_enqueued_again() -> None:
+    yard = Yard()
+    run = new_run()
+    await yard.log.claim(run, "dead")
+    yard.clock.advance(9)
+    assert await yard.sweeper.sweep() == 0
+    yard.clock.advance(2)
+    await yard.sweeper.sweep()
+    assert yard.enqueued == [run.id]
+
+
+async def test_a_bell_is_not_rung_at_every_look() -> None:
+    yard = Yard()
+    queued, orphan = new_run(), new_run()
+    await yard.log.open(queued, 1)
+    await yard.log.claim(orphan, "dead")
+    yard.clock.advance(11)
+    for _ in range(7):
+        await yard.sweeper.sweep()
+        yard.clock.advance(2)
+    assert sorted(yard.enqueued) == sorted([queued.id, orphan.id])
+    yard.clock.advance(GRACE)
+    await yard.sweeper.sweep()
+    assert len(yard.enqueued) == 4
+
+
+async def test_another_sweeper_does_not_ring_for_a_queued_run_as_well() -> None:
+    yard = Yard()
+    await yard.log.open(new_run(), 1)
+    yard.clock.advance(2)
+    await yard.sweeper.sweep()
+    await yard.new_sweeper().sweep()
+    assert len(yard.enqueued) == 1
+
+
+async def test_a_run_that_dies_again_is_rung_for_again() -> None:
+    yard = Yard()
+    run = new_run()
+    for _ in range(2):
+        await yard.log.claim(run, "dead")
+        yard.clock.advance(11)
+        await yard.sweeper.sweep()
+    assert yard.enqueued == [run.id, run.id]
+
+
+async def test_a_due_entry_without_its_run_is_removed() -> None:
+    class Forgetful(MemoryStreamLog):
+        forgotten: list[str] = []  # noqa: RUF012 - one test, one list
+
+        async def due(self, limit: int) -> list[Due]:
+            return [Due("gone", None, None)]
+
+        async def forget(self, run_id: str) -> None:
+            self.forgotten.append(run_id)
+
+    yard = Yard()
+    yard.log = Forgetful(ttl=1, lease_seconds=10)
+    await yard.new_sweeper().sweep()
+    assert Forgetful.forgotten == ["gone"]
+    assert yard.enqueued == []
+
+
+async def test_a_row_that_redis_forgot_is_announced_and_rung_for_after_a_grace() -> None:
+    yard = Yard()
+    run = new_run()
+    yard.rows.append(run)
+    await yard.sweeper.sweep()
+    meta = await yard.log.meta(run.id)
+    assert meta is not None
+    assert meta.status is RunState.QUEUED
+    # A worker that still holds it has this long to write its log again.
+    assert yard.enqueued == []
+    yard.clock.advance(GRACE + 1)
+    await yard.sweeper.sweep()
+    assert yard.enqueued == [run.id]
+
+
+async def test_a_run_that_somebody_works_on_is_left_alone() -> None:
+    yard = Yard()
+    run = new_run()
+    yard.rows.append(run)
+    await yard.log.claim(run, "alive")
+    assert await yard.sweeper.sweep() == 0
+    assert (yard.enqueued, yard.repaired) == ([], [])
+
+
+async def test_a_row_behind_a_closed_log_is_mended_at_the_second_look() -> None:
+    yard = Yard()
+    run = await yard.ended()
+    assert await yard.sweeper.sweep() == 0
+    assert await yard.sweeper.sweep() == 1
+    assert yard.repaired == [run.id]
+
+
+async def test_a_row_that_catches_up_by_itself_is_not_mended() -> None:
+    yard = Yard()
+    await yard.ended()
+    await yard.sweeper.sweep()
+    yard.rows.clear()
+    await yard.sweeper.sweep()
+    assert yard.repaired == []
+
+
+async def test_a_row_that_cannot_be_mended_does_not_keep_the_sweeper_from_others() -> None:
+    yard = Yard()
+    await yard.ended()
+    await yard.sweeper.sweep()
+    forgotten = new_run()
+    yard.rows.append(forgotten)
+    yard.repair_error = JournalUnavailable("full")
+    await yard.sweeper.sweep()
+    assert await yard.log.meta(forgotten.id) is not None
+
+
+async def test_the_log_is_swept_while_the_store_is_away_and_the_other_way_round() -> None:
+    yard = Yard()
+    run = new_run()
+    await yard.log.open(run, 1)
+    yard.clock.advance(2)
+    yard.rows_away = True
+    assert await yard.sweeper.sweep() == 1
+
+    class Away(MemoryStreamLog):
+        async def due(self, limit: int) -> list[Due]:
+            raise LogUnavailable("away")
+
+    yard.rows_away = False
+    yard.log = Away(ttl=1, lease_seconds=10)
+    yard.rows.append(new_run())
+    assert await yard.new_sweeper().sweep() == 1
+
+
+async def test_it_sweeps_by_itself_while_it_runs() -> None:
+    yard = Yard()
+    run = new_run()
+    await yard.log.open(run, 1)
+    yard.clock.advance(2)
+    async with running(yard.sweeper):
+        await eventually(lambda: yard.enqueued == [run.id])

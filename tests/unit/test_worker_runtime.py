@@ -1,0 +1,115 @@
+"""The worker's event loop in a thread: what a task hears when it dies, and that another one begins."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from celery import Celery
+from celery.exceptions import Reject
+
+from headwater.dev.services import free_port
+from headwater.queue import RUN_TASK, make_celery
+from headwater.settings import Settings
+from headwater.worker import tasks
+from headwater.worker.runtime import Runtime, RuntimeGone, Runtimes
+from support.runs import new_run
+from support.wait import eventually
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Servers that are not there: a runtime must start all the same."""
+    return Settings(
+        redis_url=f"redis://127.0.0.1:{free_port()}/0",
+        database_url=f"postgresql://nobody@127.0.0.1:{free_port()}/none",
+        data_dir=tmp_path,
+    )
+
+
+@pytest.fixture
+def celery(settings: Settings) -> Celery:
+    return make_celery(settings)
+
+
+@pytest.fixture
+def runtimes(settings: Settings, celery: Celery) -> Iterator[Runtimes]:
+    made = Runtimes(settings, celery)
+    yield made
+    made.stop()
+
+
+def die(runtime: Runtime) -> None:
+    """End its loop from inside, as a fault in it would."""
+
+    def fail() -> None:
+        asyncio.get_running_loop().stop()
+
+    runtime._call(fail)
+
+
+async def in_thread(work: Callable[[], object]) -> BaseException | None:
+    """What `work` raises."""
+    try:
+        await asyncio.to_thread(work)
+    except Exception as error:
+        return error
+    return None
+
+
+async def test_one_process_has_one_runtime(runtimes: Runtimes) -> None:
+    first = await asyncio.to_thread(runtimes.here)
+    assert await asyncio.to_thread(runtimes.here) is first
+    assert [thread.name for thread in threading.enumerate()].count("headwater") == 1
+
+
+async def test_a_task_under_which_the_loop_dies_goes_back_to_the_queue(
+    runtimes: Runtimes, celery: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headwater.worker.runtime.WATCH", 0.01)
+    tasks.register(celery, runtimes)
+    runtime = await asyncio.to_thread(runtimes.here)
+    await asyncio.to_thread(runtime._ready.result)
+    # Redis is away, so the claim waits.
+    waiting = asyncio.create_task(in_thread(lambda: celery.tasks[RUN_TASK](new_run().to_json())))
+    await eventually(lambda: runtime._ready.result().runner._active)
+    die(runtime)
+    rejected = await waiting
+    assert isinstance(rejected, Reject)
+    assert rejected.requeue
+    assert isinstance(rejected.__cause__, RuntimeGone)
+
+
+async def test_a_loop_that_died_is_replaced(runtimes: Runtimes) -> None:
+    first = await asyncio.to_thread(runtimes.here)
+    await asyncio.to_thread(first._ready.result)
+    die(first)
+    await eventually(lambda: not first.alive)
+    assert isinstance(await in_thread(lambda: first.execute(new_run())), RuntimeGone)
+    second = await asyncio.to_thread(runtimes.here)
+    assert second is not first
+    assert second.alive
+
+
+async def test_a_worker_without_a_usable_journal_gives_its_tasks_back(
+    runtimes: Runtimes, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("headwater.worker.runtime.START_PATIENCE", 0.05)
+    settings.journal_file.write_bytes(b"not a database" * 1000)
+    runtime = await asyncio.to_thread(runtimes.here)
+    assert isinstance(await in_thread(lambda: runtime.execute(new_run())), RuntimeGone)
+    await eventually(lambda: "cannot start" in caplog.text)
+
+
+async def test_it_drains_and_stops_while_redis_is_away(runtimes: Runtimes) -> None:
+    runtime = await asyncio.to_thread(runtimes.here)
+    waiting = asyncio.create_task(asyncio.to_thread(runtime.execute, new_run()))
+    await asyncio.to_thread(runtime._ready.result)
+    await eventually(lambda: runtime._ready.result().runner._active)
+    runtime.drain()
+    assert await waiting is None
+    await asyncio.to_thread(runtimes.stop)
+    assert not runtime.alive
