@@ -130,7 +130,7 @@ class Settings(BaseSettings):
         5, alias="HEADWATER_DB_POOL_SIZE", gt=0, description="PostgreSQL connections per process."
     )
     db_wait: float = Field(
-        1.0,
+        0.8,
         alias="HEADWATER_DB_WAIT",
         gt=0,
         description="Seconds a request waits for PostgreSQL before going on without.",

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from browser.visitor import Visitor
 from playwright.async_api import Browser, async_playwright
+
+from browser.visitor import Visitor
 from support.openai_server import OpenAIServer
 from support.stack import Stack
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 
+from playwright.async_api import Route, expect
+
 from browser.conftest import Visit
 from browser.visitor import Visitor
-from playwright.async_api import Route, expect
 from support.openai_scenarios import Scenario, chunk
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
+from playwright.async_api import Route, expect
+
 from browser.conftest import Visit
 from browser.visitor import Visitor
-from playwright.async_api import Route, expect
 from support.stack import StackMaker
 
 
@@ -60,7 +61,7 @@ async def test_without_network_the_answer_goes_on_afterwards(visitor: Visitor) -
 
 
 async def test_a_stream_cut_in_the_middle_of_a_frame_loses_nothing(visitor: Visitor) -> None:
-    cuts = []
+    cuts: list[str] = []
 
     async def cut(route: Route) -> None:
         if cuts:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from browser.conftest import Visit
-from browser.visitor import Visitor
 from playwright.async_api import expect
+
+from browser.conftest import Visit
+from browser.visitor import Visitor, script
 from support.stack import StackMaker
 
 HOSTILE = {
@@ -20,32 +21,20 @@ HOSTILE = {
     "a data link": "[click](data:text/html,<script>alert(1)</script>)",
     "a data image": '![x](data:image/svg+xml,<svg onload="alert(1)"/>)',
     "a link to our own verbs": "[sign out](/sign-out) [api](//evil.example/x) [file](file:///etc/passwd)",
-    "svg": '<svg onload="alert(1)"><script>alert(1)</script><a xlink:href="javascript:alert(1)"><text>x</text></a></svg>',
+    "svg": '<svg onload="alert(1)"><script>alert(1)</script><a xlink:href="javascript:alert(1)">x</a></svg>',
     "mathml": '<math><mi xlink:href="javascript:alert(1)">x</mi></math>',
     "an iframe": '<iframe src="https://evil.example"></iframe><iframe srcdoc="<script>alert(1)</script>"></iframe>',
     "a form": '<form action="https://evil.example"><input name=q><button autofocus onfocus=alert(1)>go</button></form>',
-    "styles": '<style>*{background:url(https://evil.example/css)}</style><p style="background:url(//evil.example/s)">x</p>',
+    "styles": '<style>*{background:url(https://evil.example/)}</style><p style="background:url(//evil.example)">x</p>',
     "a base and a link element": '<base href="https://evil.example/"><link rel=stylesheet href=https://evil.example/a.css>',
     "a meta refresh": '<meta http-equiv="refresh" content="0;url=https://evil.example">',
     "mutated markup": "<noscript><p title='</noscript><img src=x onerror=alert(1)>'>",
     "a title that breaks out": '[x](https://example.com "\\" onmouseover=alert(1) x=\\"")',
     "a fence that breaks out": '```"><img src=x onerror=alert(1)>\n</code></pre><script>alert(1)</script>\n```',
     "a fence of html": "```html\n<script>alert(1)</script><img src=x onerror=alert(1)>\n```",
-    "a table that breaks out": "| <img src=x onerror=alert(1)> | b |\n|---|---|\n| [x](javascript:alert(1)) | `<script>` |",
+    "a table that breaks out": "| <img src=x onerror=alert(1)> |\n|---|\n| [x](javascript:alert(1)) `<script>` |",
     "an autolink": "https://example.com/<script>alert(1)</script> www.example.com",
 }
-
-FOUND = """
-root => [...root.querySelectorAll("*")].flatMap((element) => [
-  ...(/^(script|style|iframe|object|embed|form|input|img|svg|math|base|link|meta|template|audio|video)$/i.test(element.tagName)
-    && !element.closest("button") ? [element.outerHTML] : []),
-  ...[...element.attributes].filter(({ name }) => /^(on|style$|src|srcset|action|formaction|xlink)/i.test(name))
-    .map(({ name, value }) => `${element.tagName} ${name}=${value}`),
-  ...(element.tagName === "A" && !/^(https?:\\/\\/|mailto:)/i.test(element.getAttribute("href") ?? "https://")
-    ? [`link to ${element.getAttribute("href")}`] : []),
-  ...(element.tagName === "A" && element.rel !== "noopener noreferrer nofollow" ? [`rel=${element.rel}`] : []),
-])
-"""
 
 WATCH = """() => {
   const check = CHECK;
@@ -61,13 +50,13 @@ async def test_a_hostile_answer_is_only_text(visitor: Visitor, what: str) -> Non
     await visitor.ask("Attack " + visitor.script(HOSTILE[what], "\n\nThe end."))
     await expect(visitor.answer).to_contain_text("The end.")
     await visitor.finished()
-    assert await visitor.answer.evaluate(FOUND) == []
+    assert await visitor.check("hostile", visitor.answer) == []
     assert await visitor.page.evaluate("window.hacked") is None
     visitor.assert_undisturbed()
 
 
 async def test_hostile_text_is_only_text_at_every_moment_of_its_arrival(visitor: Visitor) -> None:
-    await visitor.page.evaluate(WATCH.replace("CHECK", FOUND.strip()))
+    await visitor.page.evaluate(WATCH.replace("CHECK", script("hostile")))
     text = "\n\n".join(HOSTILE.values())
     await visitor.ask("Slowly " + visitor.script(*[text[n : n + 9] for n in range(0, len(text), 9)], "\n\nThe end."))
     await expect(visitor.answer).to_contain_text("The end.")

@@ -6,53 +6,27 @@ import re
 from typing import Any
 
 import pytest
+from playwright.async_api import expect
+
 from browser.conftest import Visit
 from browser.visitor import Visitor
-from playwright.async_api import expect
 from support.stack import StackMaker
 
-#: What assistive technology trips over most.
-FLAWS = """() => {
-  const flaws = [];
-  const name = (element) => (element.getAttribute("aria-label") || element.labels?.[0]?.textContent
-    || document.getElementById(element.getAttribute("aria-labelledby"))?.textContent || element.textContent || "").trim();
-  for (const element of document.querySelectorAll("button, a[href], input, textarea, summary, dialog, nav, aside, section, [role=region]"))
-    if (!name(element)) flaws.push(`no name: ${element.outerHTML.slice(0, 80)}`);
-  const ids = [...document.querySelectorAll("[id]")].map(({ id }) => id);
-  for (const id of ids) if (ids.indexOf(id) !== ids.lastIndexOf(id)) flaws.push(`twice: #${id}`);
-  for (const landmark of ["main", "nav", "header", "h1"])
-    if (document.querySelectorAll(landmark).length !== 1) flaws.push(`not one ${landmark}`);
-  if (!document.documentElement.lang) flaws.push("no language");
-  for (const element of document.querySelectorAll("svg")) if (!element.closest("[aria-hidden]")) flaws.push("svg is read out");
-  for (const element of document.querySelectorAll("[aria-describedby], [aria-labelledby]"))
-    for (const id of (element.getAttribute("aria-describedby") ?? element.getAttribute("aria-labelledby")).split(" "))
-      if (!document.getElementById(id)) flaws.push(`points nowhere: ${id}`);
-  for (const element of document.querySelectorAll("[aria-hidden=true]"))
-    if (element.querySelector("a, button, input, textarea")) flaws.push("hidden but focusable");
-  return flaws;
-}"""
+EVERYTHING = """# Title
 
-#: Contrast of text against what is behind it, by WCAG 2.2; 4.5 is asked for. Colours go through a canvas, as
-#: the style may give them in any notation.
-CONTRASTS = """() => {
-  const pen = Object.assign(document.createElement("canvas"), { width: 1, height: 1 }).getContext("2d", { willReadFrequently: true });
-  const rgba = (colour) => { pen.clearRect(0, 0, 1, 1); pen.fillStyle = colour; pen.fillRect(0, 0, 1, 1); return [...pen.getImageData(0, 0, 1, 1).data]; };
-  const light = ([r, g, b]) => [r, g, b].map((c) => (c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4))
-    .reduce((sum, c, n) => sum + c * [0.2126, 0.7152, 0.0722][n], 0);
-  const behind = (element) => { for (let at = element; at; at = at.parentElement) { const c = rgba(getComputedStyle(at).backgroundColor); if (c[3] === 255) return c; } return [255, 255, 255]; };
-  const poor = [];
-  for (const element of document.querySelectorAll("#page *")) {
-    const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
-    const style = getComputedStyle(element);
-    if (!own || !element.checkVisibility({ opacityProperty: true, visibilityProperty: true }) || element.closest("[disabled], .visually-hidden, .skip")) continue;
-    const [a, b] = [light(rgba(style.color)), light(behind(element))];
-    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    if (ratio < 4.5) poor.push(`${ratio.toFixed(2)} ${element.tagName}.${element.className}: ${element.textContent.slice(0, 30)}`);
-  }
-  return [...new Set(poor)];
-}"""
+Text with `code`, a [link](https://example.com) and
 
-EVERYTHING = "# Title\n\nText with `code`, a [link](https://example.com) and\n\n> a quote\n\n```python\n# note\nx = 'a' + 1\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n"
+> a quote
+
+```python
+# note
+x = 'a' + 1
+```
+
+| a | b |
+|---|---|
+| 1 | 2 |
+"""
 
 
 async def _fill(visitor: Visitor) -> None:
@@ -67,12 +41,12 @@ async def _fill(visitor: Visitor) -> None:
 @pytest.mark.parametrize("colours", ["light", "dark"])
 async def test_everything_has_a_name_and_enough_contrast(visit: Visit, colours: Any) -> None:
     visitor = await visit(color_scheme=colours)
-    assert await visitor.page.evaluate(FLAWS) == []
+    assert await visitor.check("flaws") == []
     await _fill(visitor)
     await visitor.open_log()
     await expect(visitor.answers.first.locator(".hljs-string")).to_be_visible()
-    assert await visitor.page.evaluate(FLAWS) == []
-    assert await visitor.page.evaluate(CONTRASTS) == []
+    assert await visitor.check("flaws") == []
+    assert await visitor.check("contrasts") == []
 
 
 async def test_a_chosen_theme_holds_after_a_refresh(visit: Visit) -> None:
@@ -129,13 +103,7 @@ async def test_the_focus_is_always_visible(visitor: Visitor) -> None:
     seen = set()
     for _ in range(25):
         await visitor.page.keyboard.press("Tab")
-        outlined, what = await visitor.page.evaluate(
-            """() => {
-              const element = document.activeElement;
-              const shown = getComputedStyle(element).outlineStyle !== "none" || element.id === "composer" || element === document.body;
-              return [shown && element.checkVisibility({ opacityProperty: true, visibilityProperty: true }), element.outerHTML.slice(0, 90)];
-            }"""
-        )
+        outlined, what = await visitor.check("focus")
         assert outlined, what
         seen.add(what)
     assert len(seen) > 8

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from playwright.async_api import BrowserContext, Dialog, Locator, Page, Request, expect
+
 from support.openai_scenarios import Scenario, Step, chunk
 from support.openai_server import OpenAIServer
 
@@ -15,6 +18,11 @@ PATIENCE = 20_000
 expect.set_options(timeout=PATIENCE)
 
 _numbers = itertools.count(1)
+
+
+def script(name: str) -> str:
+    """The function in `checks/<name>.js`."""
+    return (Path(__file__).parent / "checks" / f"{name}.js").read_text()
 
 
 class Visitor:
@@ -154,6 +162,10 @@ class Visitor:
 
     async def answering(self) -> None:
         await expect(self.answers.last).to_have_attribute("aria-busy", "true")
+
+    async def check(self, name: str, within: Locator | None = None) -> Any:
+        """What the script `checks/<name>.js` says of the page, or of a part of it."""
+        return await (within or self.page).evaluate(script(name))
 
     async def heard(self, says: str) -> None:
         """A screen reader is told."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from typing import Any, Final, Self
 
 TERMINAL: Final = {"done": "done", "error": "failed", "cancelled": "cancelled"}
 
@@ -73,8 +74,34 @@ class History:
     readers: list[Reader] = field(default_factory=list)
     #: Rows of PostgreSQL: id, state, attempt, idempotency_key.
     runs: list[Mapping[str, Any]] = field(default_factory=list)
-    #: Rows of PostgreSQL: id, role, content, status, run_id.
+    #: Rows of PostgreSQL, each chat's in its order: id, chat_id, role, content, status, run_id.
     messages: list[Mapping[str, Any]] = field(default_factory=list)
+    #: What clients met that no fault excuses: an internal error, a 404 for what was accepted, a process that fell.
+    complaints: list[str] = field(default_factory=list)
+
+    def stopped(self, run_id: str) -> None:
+        """Somebody is about to ask that this run stops."""
+        for index, promise in enumerate(self.promises):
+            if promise.run_id == run_id:
+                self.promises[index] = replace(promise, stopped=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values, to be kept and looked at later."""
+        return {**asdict(self), "unanswered": sorted(self.unanswered)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """What `to_json` gave."""
+        return cls(
+            promises=[Promise(**one) for one in data["promises"]],
+            unanswered=set(data["unanswered"]),
+            readers=[
+                Reader(**{**one, "events": [Seen(**event) for event in one["events"]]}) for one in data["readers"]
+            ],
+            runs=list(data["runs"]),
+            messages=list(data["messages"]),
+            complaints=list(data["complaints"]),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +125,8 @@ def check(history: History) -> list[Violation]:
         *_readers_agree(history.readers),
         *_text_is_what_is_stored(history),
         *_answers_are_whole(history),
+        *_chats_are_in_order(history),
+        *(Violation("degrades by name", complaint) for complaint in history.complaints),
     ]
 
 
@@ -215,6 +244,20 @@ def _answers_are_whole(history: History) -> Iterable[Violation]:
             yield Violation("it ends", f"run {promise.run_id} is cancelled and nobody asked for it")
 
 
+def _chats_are_in_order(history: History) -> Iterable[Violation]:
+    asked: dict[str, list[str]] = defaultdict(list)
+    for promise in history.promises:
+        asked[promise.chat_id].append(promise.user_message_id)
+    known = {promise.user_message_id for promise in history.promises}
+    stored: dict[str, list[str]] = defaultdict(list)
+    for row in history.messages:
+        if row["id"] in known:
+            stored[row["chat_id"]].append(row["id"])
+    for chat_id, questions in asked.items():
+        if set(stored[chat_id]) == set(questions) and stored[chat_id] != questions:
+            yield Violation("in order", f"the questions of chat {chat_id} are not stored in the order they were asked")
+
+
 def _short(text: str) -> str:
     return repr(text) if len(text) < 80 else f"{text[:40]!r}…{text[-30:]!r} ({len(text)} characters)"
 
@@ -231,5 +274,16 @@ def summary(history: History) -> dict[str, Any]:
         "events": sum(len(reader.events) for reader in history.readers),
         "resets": sum(event.type == "reset" for reader in history.readers for event in reader.events),
         "attempts": sum(row["attempt"] for row in history.runs),
+        "most_attempts": max((row["attempt"] for row in history.runs), default=0),
         "states": dict(states),
+        "longest_silence": max(map(_longest_silence, history.readers), default=0.0),
     }
+
+
+def _longest_silence(reader: Reader) -> float:
+    """Seconds between two neighbouring events of one log, by the clock of who wrote them."""
+    longest = 0.0
+    for before, after in pairwise(reader.events):
+        if before.epoch == after.epoch and 0 < before.seq < after.seq:
+            longest = max(longest, (after.data["at"] - before.data["at"]) / 1000)
+    return longest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -25,8 +26,8 @@ def right() -> History:
         ],
         runs=[{"id": "r", "state": "done", "attempt": 1, "idempotency_key": "key-1"}],
         messages=[
-            {"id": "q", "role": "user", "content": "count", "status": "done", "run_id": None},
-            {"id": "a", "role": "assistant", "content": ANSWER, "status": "done", "run_id": "r"},
+            {"id": "q", "chat_id": "c", "role": "user", "content": "count", "status": "done", "run_id": None},
+            {"id": "a", "chat_id": "c", "role": "assistant", "content": ANSWER, "status": "done", "run_id": "r"},
         ],
     )
 
@@ -140,6 +141,19 @@ def cancel_what_nobody_stopped(history: History) -> None:
         reader.events[-1] = Seen("e1", 5, "cancelled", {})
 
 
+def swap_two_questions(history: History) -> None:
+    later = Promise("r2", "c", "a2", "q2", "again", ANSWER, "key-2")
+    history.promises.append(later)
+    history.runs.append({"id": "r2", "state": "done", "attempt": 1, "idempotency_key": "key-2"})
+    question, answer = history.messages
+    history.messages = [{**question, "id": "q2", "content": "again"}, question, answer]
+    history.messages.append({**answer, "id": "a2", "run_id": "r2"})
+
+
+def meet_an_internal_error(history: History) -> None:
+    history.complaints.append("500 from POST /api/chats")
+
+
 WRONG: list[tuple[Callable[[History], None], str]] = [
     (lose_an_event, "exact"),
     (double_an_event, "exact"),
@@ -161,6 +175,8 @@ WRONG: list[tuple[Callable[[History], None], str]] = [
     (run_it_twice, "one answer"),
     (run_what_nobody_asked, "one answer"),
     (cancel_what_nobody_stopped, "it ends"),
+    (swap_two_questions, "in order"),
+    (meet_an_internal_error, "degrades by name"),
 ]
 
 
@@ -169,3 +185,19 @@ def test_a_wrong_history_is_found(spoil: Callable[[History], None], rule: str) -
     history = right()
     spoil(history)
     assert rule in {violation.rule for violation in check(history)}
+
+
+@pytest.mark.parametrize("spoil", [None, *(spoil for spoil, _ in WRONG)])
+def test_a_history_that_was_kept_is_judged_the_same(spoil: Callable[[History], None] | None) -> None:
+    history = right()
+    if spoil is not None:
+        spoil(history)
+    kept = History.from_json(json.loads(json.dumps(history.to_json())))
+    assert check(kept) == check(history)
+
+
+def test_a_stop_is_noted_on_its_promise_alone() -> None:
+    history = right()
+    history.promises.append(replace(history.promises[0], run_id="other"))
+    history.stopped("r")
+    assert [promise.stopped for promise in history.promises] == [True, False]

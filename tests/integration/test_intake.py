@@ -375,6 +375,7 @@ async def test_postgresql_lost_between_journal_and_commit_loses_nothing(
         freezer = frozen(postgres_server.pid)
 
         async def add_and_freeze(*arguments: object) -> object:
+            house.journal.add = add  # type: ignore[method-assign]
             added = await add(*arguments)  # type: ignore[arg-type]
             freezer.__enter__()
             return added

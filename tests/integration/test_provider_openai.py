@@ -197,6 +197,14 @@ async def test_a_server_that_hangs_after_the_finish_reason_costs_seconds_and_not
     assert figures(deltas) == ("stop", None)
 
 
+async def test_rubbish_behind_the_finish_reason_does_not_spoil_the_answer(
+    provider: OpenAIProvider, server: OpenAIServer
+) -> None:
+    server.scenarios["rubbish"] = Scenario([{"chunk": chunk("Hi", finish="stop")}, {"send": "data: oops\n\n"}])
+
+    assert text(await read(provider, ask("rubbish"))) == "Hi"
+
+
 async def test_a_stream_with_a_vague_type_is_read(provider: OpenAIProvider, server: OpenAIServer) -> None:
     server.scenarios["vague"] = Scenario(server.scenarios["hello"].steps, headers={"content-type": "text/plain"})
 
@@ -488,7 +496,9 @@ async def test_a_certificate_that_is_not_trusted_is_refused_and_not_tried_again(
         writer.close()
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(Path(support.openai_server.__file__).with_name("self_signed.pem"))
+    # Self-signed, so nobody trusts it.
+    tls = Path(support.openai_server.__file__).with_name("tls")
+    context.load_cert_chain(tls / "cert.pem", tls / "key.pem")
     async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context) as untrusted:
         port = untrusted.sockets[0].getsockname()[1]
         provider = OpenAIProvider(f"https://127.0.0.1:{port}/v1", model="m", key=KEY, sleep=sleeps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import schemathesis
 from hypothesis import HealthCheck, settings
@@ -34,7 +35,7 @@ schema = schemathesis.openapi.from_dict(make_api().openapi(), config=CONFIG)
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-def test_the_document_holds(case: schemathesis.Case, stack: Stack) -> None:
+def test_the_document_holds(case: schemathesis.Case[Any], stack: Stack) -> None:
     if case.headers and KEY_FORM.fullmatch(str(case.headers.get("idempotency-key", ""))):
         # Generated keys repeat, and a key that repeats with another body is refused, as it must be.
         case.headers["idempotency-key"] = new_id()

@@ -50,6 +50,10 @@ class OwnPostgres:
     def stop(self) -> None:
         self._server.stop()
 
+    def kill(self) -> None:
+        """End it at once, as a crash would; the next start recovers."""
+        self._server.kill()
+
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """The server and all its sessions stand still."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import ssl
 from collections.abc import AsyncIterator, Iterator
@@ -43,6 +44,14 @@ class OwnRedis:
     def restart(self) -> None:
         self.stop()
         self.start()
+
+    def kill(self) -> None:
+        """SIGKILL. `start` makes it go on with what its file had."""
+        self._server.kill()
+
+    def forget(self) -> None:
+        """Remove its data, while it does not run."""
+        shutil.rmtree(self._folder / "appendonlydir", ignore_errors=True)
 
 
 @contextmanager

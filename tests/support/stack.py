@@ -191,8 +191,10 @@ class Stack:
             HEADWATER_DATA_DIR=str(folder / "data"),
             OPENAI_BASE_URL=openai_url,
             # What the machine's own environment says must not reach a test.
-            **dict.fromkeys(("OPENAI_API_KEY", "HEADWATER_ACCESS_TOKEN", "HOST", "PORT", "DEBUG")),
-            **(settings or {}),
+            **{
+                **dict.fromkeys(("OPENAI_API_KEY", "HEADWATER_ACCESS_TOKEN", "HOST", "PORT", "DEBUG")),
+                **(settings or {}),
+            },
         )
         folder.mkdir(parents=True, exist_ok=True)
         self.servers = [ServerProcess(f"server{n}", self.environment, folder) for n in range(1, servers + 1)]

@@ -55,7 +55,7 @@ async def in_thread(work: Callable[[], object]) -> BaseException | None:
     """What `work` raises."""
     try:
         await asyncio.to_thread(work)
-    except Exception as error:
+    except (Reject, RuntimeGone) as error:
         return error
     return None
 

@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Final
 
 from headwater import providers, streams
 from headwater.api.health import Checkup
@@ -24,22 +24,26 @@ from headwater.intake import Intake
 from headwater.journal import Journal
 from headwater.overlay import Overlay
 from headwater.pipelines.chat import ChatPipeline
+from headwater.providers.base import Provider
 from headwater.queue import Dispatcher, make_celery
 from headwater.reading import Reading
 from headwater.replay import Replay
 from headwater.runner import Runner
-from headwater.service import running
+from headwater.service import Service, running
 from headwater.settings import Settings
 from headwater.store import Store
 from headwater.streams.base import Page, StreamLog
-from headwater.sweeper import Sweeper
+from headwater.sweeper import BATCH, Sweeper
 from headwater.syncer import Syncer
 from headwater.telemetry import Telemetry
-from headwater.transports.base import Streams
+from headwater.transports.base import Read, Streams
 from headwater.transports.poll import Poll
 from headwater.transports.sse import StreamEndpoint
 
 logger = logging.getLogger(__name__)
+
+#: The parts without which nothing can be accepted.
+VITAL: Final = frozenset({"journal"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,29 +63,43 @@ class Graph:
     about: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Servers:
+    """The ways out of this process: Redis, PostgreSQL, the local disk, the model's API."""
+
+    log: StreamLog
+    store: Store
+    journal: Journal
+    provider: Provider
+
+    def reader(self, replay: Replay) -> Read:
+        """Events from the log, or from the store once the log has expired."""
+
+        async def read(run_id: str, after: int, limit: int) -> Page | None:
+            page = await self.log.read(run_id, after, limit)
+            if page is not None:
+                return page
+            told = await replay.page(run_id)
+            if told is None:
+                return None
+            return Page(told.epoch, [one for one in told.events if one.seq > after][:limit], told.count, told.closed)
+
+        return read
+
+
 @asynccontextmanager
 async def assemble(settings: Settings, telemetry: Telemetry) -> AsyncIterator[Graph]:
     """Make the parts and start those that run. Raises SettingsError and JournalUnavailable."""
     clock = SystemClock()
     async with AsyncExitStack() as stack:
-        log = streams.connect(settings.need_redis(), ttl=settings.stream_ttl, lease_seconds=settings.lease_seconds)
-        stack.push_async_callback(log.close)
-        store = Store(
-            settings.need_database(), pool_size=settings.db_pool_size, wait=settings.db_wait, telemetry=telemetry
-        )
-        stack.push_async_callback(store.close)
-        provider = providers.connect(settings)
-        stack.push_async_callback(provider.close)
-        journal = Journal(settings.journal_file, clock=clock, telemetry=telemetry)
-        await journal.open()
-        stack.push_async_callback(journal.close)
-
+        servers = await _servers(settings, telemetry, clock, stack)
+        log, store, journal = servers.log, servers.store, servers.journal
         overlay = Overlay(store, journal)
         replay = Replay(overlay.run, overlay.message)
         hub = Hub(log, history=replay, telemetry=telemetry, heartbeat=settings.heartbeat)
         syncer = Syncer(journal, store, telemetry=telemetry, clock=clock)
         dispatcher = Dispatcher(make_celery(settings), telemetry=telemetry)
-        kinds = {ChatPipeline.kind: ChatPipeline(provider, settings)}
+        kinds = {ChatPipeline.kind: ChatPipeline(servers.provider, settings)}
         save = partial(syncer.save, wait=settings.db_wait)
         runner = Runner(log, kinds, save, clock=clock, telemetry=telemetry, settings=settings, known=overlay.run)
         intake = Intake(
@@ -97,25 +115,25 @@ async def assemble(settings: Settings, telemetry: Telemetry) -> AsyncIterator[Gr
             settings=settings,
             away=lambda: syncer.away,
         )
-        reading = Reading(store, journal, log)
+        # Here as well as in the workers: runs are taken over also when the only worker was restarted.
         sweeper = Sweeper(
             log,
-            unfinished=partial(store.runs.unfinished, older_than=settings.queue_grace, limit=500),
+            unfinished=partial(store.runs.unfinished, older_than=settings.queue_grace, limit=BATCH),
             enqueue=dispatcher.enqueue,
             repair=runner.repair,
             clock=clock,
             telemetry=telemetry,
             grace=settings.queue_grace,
         )
+        reading = Reading(store, journal, log)
+        probes = Probes(settings, log, store, journal, syncer)
+        stack.push_async_callback(probes.close)
+        checkup = Checkup(probes.all(), vital=VITAL, telemetry=telemetry)
+        stack.push_async_callback(checkup.close)
         open_streams = Streams(limit=settings.max_streams, telemetry=telemetry)
         stack.callback(open_streams.close)
-        checkup = Checkup(
-            Probes(settings, log, store, journal, syncer).all(), vital=frozenset({"journal"}), telemetry=telemetry
-        )
-        stack.push_async_callback(checkup.close)
-        await stack.enter_async_context(running(syncer, dispatcher, hub, sweeper))
-        await _say_how_it_is(checkup)
-        read = _reader(log, replay)
+        await stack.enter_async_context(running(syncer, dispatcher, hub, sweeper, _FirstLook(checkup)))
+        read = servers.reader(replay)
         yield Graph(
             settings=settings,
             telemetry=telemetry,
@@ -126,25 +144,36 @@ async def assemble(settings: Settings, telemetry: Telemetry) -> AsyncIterator[Gr
             stream=StreamEndpoint(hub, open_streams, may=reading.may_read, read=read),
             poll=Poll(hub, open_streams, may=reading.may_read, read=read),
             checkup=checkup,
-            about={"demo": provider.demo, "model": provider.model, "version": version("headwater")},
+            about={
+                "demo": servers.provider.demo,
+                "model": servers.provider.model,
+                "version": version("headwater"),
+            },
         )
 
 
-def _reader(log: StreamLog, replay: Replay) -> Any:
-    async def read(run_id: str, after: int, limit: int) -> Page | None:
-        page = await log.read(run_id, after, limit)
-        if page is not None:
-            return page
-        told = await replay.page(run_id)
-        if told is None:
-            return None
-        events = [event for event in told.events if event.seq > after][:limit]
-        return Page(told.epoch, events, told.count, told.closed)
+async def _servers(settings: Settings, telemetry: Telemetry, clock: Clock, stack: AsyncExitStack) -> Servers:
+    log = streams.connect(settings.need_redis(), ttl=settings.stream_ttl, lease_seconds=settings.lease_seconds)
+    stack.push_async_callback(log.close)
+    url = settings.need_database()
+    store = Store(url, pool_size=settings.db_pool_size, wait=settings.db_wait, telemetry=telemetry)
+    stack.push_async_callback(store.close)
+    provider = providers.connect(settings, telemetry)
+    stack.push_async_callback(provider.close)
+    journal = Journal(settings.journal_file, clock=clock, telemetry=telemetry)
+    stack.push_async_callback(journal.close)
+    await journal.open()
+    return Servers(log, store, journal, provider)
 
-    return read
 
+class _FirstLook(Service):
+    """Says once, in the log, what is missing. Beside the start, which waits for nobody."""
 
-async def _say_how_it_is(checkup: Checkup) -> None:
-    for name, part in (await checkup.parts()).items():
-        if not part["ok"]:
-            logger.warning("%s: %s", name, part["detail"])
+    def __init__(self, checkup: Checkup) -> None:
+        super().__init__()
+        self._checkup = checkup
+
+    async def run(self) -> None:
+        for name, part in (await self._checkup.parts()).items():
+            if not part["ok"]:
+                logger.warning("%s: %s", name, part["detail"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -10,12 +11,24 @@ from headwater.api.health import Probe
 from headwater.journal import Journal
 from headwater.queue import CHAT_QUEUE, JOBS_QUEUE
 from headwater.settings import Settings
-from headwater.store import Store, migrate
+from headwater.store import Store
 from headwater.streams.base import StreamLog
 from headwater.syncer import Syncer
 
+logger = logging.getLogger(__name__)
+
 #: Records that wait for so long mean trouble although PostgreSQL answers.
 STALE_MS: Final = 60_000
+
+
+STALE_SCHEMA: Final = "The schema is not up to date. Run `headwater db upgrade`."
+
+
+def _is_up_to_date(url: str) -> bool:
+    # Here and in a thread: the migration tool takes a while to load, and nothing else of a server needs it.
+    from headwater.store import migrate
+
+    return migrate.current(url) == migrate.head()
 
 
 class Probes:
@@ -27,7 +40,15 @@ class Probes:
         self._store = store
         self._journal = journal
         self._syncer = syncer
-        self._migrated = False
+        #: None until it was looked at. Once true it stays so while this process lives.
+        self._migrated: bool | None = None
+        self._asking: asyncio.Task[bool] | None = None
+
+    async def close(self) -> None:
+        """Stop asking."""
+        if self._asking is not None:
+            self._asking.cancel()
+            await asyncio.gather(self._asking, return_exceptions=True)
 
     def all(self) -> Mapping[str, Probe]:
         return {
@@ -44,14 +65,24 @@ class Probes:
 
     async def postgres(self) -> Mapping[str, Any]:
         await self._store.ping()
-        if not self._migrated:
-            found = await asyncio.to_thread(migrate.current, self._settings.need_database())
-            # Once it is, it stays so while this process lives; asking costs a connection of its own.
-            self._migrated = found == migrate.head()
-        if not self._migrated:
-            detail = "The schema is not up to date. Run `headwater db upgrade`."
-            return {"ok": False, "migrated": False, "detail": detail}
-        return {"migrated": True}
+        if not self._migrated and (self._asking is None or self._asking.done()):
+            self._asking = asyncio.create_task(asyncio.to_thread(_is_up_to_date, self._settings.need_database()))
+            self._asking.add_done_callback(self._told)
+        if self._migrated is False:
+            return {"ok": False, "migrated": False, "detail": STALE_SCHEMA}
+        return {"migrated": self._migrated}
+
+    def _told(self, asking: asyncio.Task[bool]) -> None:
+        if asking.cancelled():
+            return
+        error = asking.exception()
+        if error is not None:
+            # It is asked again at the next look; PostgreSQL itself has a part of its own.
+            logger.warning("the schema's version cannot be told: %s", error)
+            return
+        if self._migrated is None and not asking.result():
+            logger.error(STALE_SCHEMA)
+        self._migrated = asking.result()
 
     async def journal(self) -> Mapping[str, Any]:
         backlog = await self._journal.backlog()

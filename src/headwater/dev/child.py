@@ -137,6 +137,7 @@ class Child:
     def _spawn(self, command: list[str], uid: int | None = None, *, death: signal.Signals = signal.SIGTERM) -> None:
         if self.log_file.exists() and self.log_file.stat().st_size > LOG_LIMIT:
             self.log_file.replace(self.log_file.with_suffix(".log.1"))
+        self.log_file.touch(mode=0o600)
         with self._lock, self.log_file.open("ab") as log:
             if self._stopping:
                 raise ServiceFailed(f"{Path(command[0]).name} was stopped while it was starting.")

@@ -48,7 +48,9 @@ class Place:
     def hold(cls, folder: Path) -> Place:
         """Make the folder and take its lock. Raises PlaceTaken with the holder's pid."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            if not folder.exists():
+                # Chats are in it, and other users of the machine must not read them.
+                folder.mkdir(parents=True, mode=0o700)
             lock = _locked(folder / LOCK)
         except OSError as error:
             raise PlaceTaken(

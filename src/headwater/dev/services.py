@@ -116,6 +116,7 @@ class Redis(Child):
     def start(self) -> None:
         """Start the server and wait until it answers PING. Raises ServiceFailed."""
         self.data_dir.mkdir(parents=True, exist_ok=True)
+        self.data_dir.chmod(0o700)
         pid_file = self.data_dir / "redis.pid"
         binary = _redis_binary()
         end_leftover(pid_file, binary.name[:15], signal.SIGTERM)

@@ -3,6 +3,7 @@
     turns.py    a message is sent, an answer is made again
     stops.py    a run is stopped
     chats.py    a chat is made, renamed, deleted
+    plans.py    where a message goes, and what is written
     checks.py   what is taken and what is refused, without any effect
     parts.py    what they all work with
 
@@ -19,8 +20,9 @@ from headwater.clock import Clock
 from headwater.intake.chats import ChatVerbs
 from headwater.intake.checks import UNSET, Unset
 from headwater.intake.parts import Locks, Parts, Save, Settle
+from headwater.intake.plans import Accepted
 from headwater.intake.stops import CANCELLING, Stopped, Stops
-from headwater.intake.turns import Accepted, Turns
+from headwater.intake.turns import Turns
 from headwater.journal import Journal
 from headwater.messages import Chat
 from headwater.overlay import Overlay

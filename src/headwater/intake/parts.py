@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds in which PostgreSQL is not asked again after it did not answer: the next caller does not wait as well.
 REST: Final = 1.0
+#: Seconds a call to Redis may take. None is needed to accept a message, and the caller waits.
+LOG_WAIT: Final = 0.3
 
 
 class Save(Protocol):

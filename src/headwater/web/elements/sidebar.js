@@ -29,7 +29,7 @@ function Renamer({ title, onDone }) {
     done(null);
   };
   return html`<input class="renamer" ref=${field} defaultValue=${title} maxlength="200" aria-label="Title of the chat"
-    onKeyDown=${onKeyDown} onBlur=${() => done(field.current.value)} />`;
+    onKeyDown=${onKeyDown} onBlur=${({ target }) => done(target.value)} />`;
 }
 
 function ChatItem({ app, chat, onDelete, onOpen }) {

@@ -158,10 +158,12 @@ export class App {
 
   async load(chatId) {
     const thread = this.thread(chatId);
+    const edits = [thread.edits, this.chats.edits];
     try {
       const chat = await persistently("GET", `/api/chats/${chatId}`);
+      if (thread.edits !== edits[0]) return this.load(chatId);
       thread.merge(chat.messages);
-      this.chats.put(chat);
+      if (this.chats.edits === edits[1]) this.chats.put(chat);
       this.#noticed(chat);
       const answer = thread.processing;
       if (answer?.run_id) this.#follow(answer.run_id, chatId);

@@ -12,6 +12,8 @@ export class Directory {
   loading = false;
   /** @type {Error | null} */
   error = null;
+  /** Grows with every change made here; what was read before a change is out of date. */
+  edits = 0;
   #latest = 0; // number of the newest request; answers to older ones are out of date
   #timer = null;
   #changed;
@@ -65,12 +67,18 @@ export class Directory {
 
   async rename(id, title) {
     this.put(await request("PATCH", `/api/chats/${id}`, { body: { title } }));
+    this.#edited();
   }
 
   async remove(id) {
     await request("DELETE", `/api/chats/${id}`);
     this.items = this.items.filter((chat) => chat.id !== id);
-    this.#changed();
+    this.#edited();
+  }
+
+  #edited() {
+    this.edits += 1;
+    this.refresh(); // makes the answers that are still on their way out of date
   }
 
   /** Take in what is known about a chat; a new one joins unless a search is shown. */

@@ -11,6 +11,8 @@ export class Thread {
   /** @type {"loading" | "ready" | "missing" | "failed"} */
   status = "loading";
   error = null;
+  /** Grows when the server accepts something; messages read before that are out of date. */
+  edits = 0;
 
   constructor(id) {
     this.id = id;
@@ -64,6 +66,7 @@ export class Thread {
   /** The server took the question, or the wish for another answer to it. */
   accepted({ key, content, parentId }, { task_id, message_id, user_message_id }) {
     this.withdraw(key);
+    this.edits += 1;
     const at = new Date().toISOString();
     if (content !== undefined && !this.messages.has(user_message_id)) {
       const question = { id: user_message_id, role: "user", content, parent_id: parentId, status: "done", created_at: at };
