@@ -37,13 +37,13 @@ from typing import Any, ClassVar
 class HeadwaterError(Exception):
     """Base of all errors. `code` is stable and machine-readable; `str(error)` is a sentence for a person."""
 
-    code: ClassVar[str] | str = "internal"
+    code: str = "internal"
     #: HTTP status when it reaches a client.
     status: ClassVar[int] = 500
     #: A short title for problem+json; the same for every error with this code.
     title: ClassVar[str] = "Something went wrong on our side"
     #: Whether the same call may succeed later, unchanged.
-    retryable: ClassVar[bool] | bool = False
+    retryable: bool = False
 
     def __init__(self, message: str | None = None, **extra: Any) -> None:
         super().__init__(message or self.title)

@@ -15,7 +15,7 @@ from collections import deque
 from typing import Any, Final, Protocol
 
 from celery import Celery
-from kombu.entity import Queue
+from kombu.entity import Exchange, Queue
 from kombu.exceptions import LimitExceeded, OperationalError
 
 from headwater.runs import Run
@@ -101,7 +101,7 @@ def _delivery(settings: Settings) -> dict[str, Any]:
 
 def _routes() -> dict[str, Any]:
     return {
-        "task_queues": [Queue(name) for name in (CHAT_QUEUE, JOBS_QUEUE, MAINTENANCE_QUEUE)],  # type: ignore[no-untyped-call]
+        "task_queues": [_queue(name) for name in (CHAT_QUEUE, JOBS_QUEUE, MAINTENANCE_QUEUE)],
         "task_default_queue": JOBS_QUEUE,
         "task_routes": {
             SWEEP_TASK: {"queue": MAINTENANCE_QUEUE},
@@ -114,6 +114,11 @@ def _routes() -> dict[str, Any]:
             "sync": {"task": SYNC_TASK, "schedule": SYNC_EVERY, "options": {"expires": SYNC_EVERY}},
         },
     }
+
+
+def _queue(name: str) -> Queue:
+    # Named in full: by default all would share the exchange and the key of the default queue.
+    return Queue(name, Exchange(name, type="direct"), routing_key=name)  # type: ignore[no-untyped-call]
 
 
 def _worker() -> dict[str, Any]:

@@ -22,7 +22,7 @@ _numbers = itertools.count(1)
 
 def script(name: str) -> str:
     """The function in `checks/<name>.js`."""
-    return (Path(__file__).parent / "checks" / f"{name}.js").read_text()
+    return (Path(__file__).parent / "checks" / f"{name}.js").read_text().rstrip().removesuffix(";")
 
 
 class Visitor:

@@ -7,9 +7,10 @@ and ends only when the stream told it so: a terminal event and then the end, or 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -18,6 +19,7 @@ import aiohttp
 import orjson
 
 from chaos.history import TERMINAL, History, Promise, Reader, Seen
+from headwater.clock import Clock, SystemClock
 from support.openai_scenarios import answer
 
 #: What a connection may meet while things break: it is made again, elsewhere.
@@ -39,15 +41,19 @@ class World:
     history: History
     #: Seconds of silence after which a reader takes a connection for dead.
     patience: float
+    #: Seconds after which some readers come for the first time: the log has expired by then.
+    late: float
+    clock: Clock = field(default_factory=SystemClock)
     #: No more questions.
     closing: asyncio.Event = field(default_factory=asyncio.Event)
     #: Give up.
     over: asyncio.Event = field(default_factory=asyncio.Event)
     #: When text arrived that was just written, by time.monotonic().
     pulse: list[float] = field(default_factory=list)
-    #: Seconds from a question's first request to its 202, and of that one request alone.
+    #: Seconds from a question's first request to its 202.
     accepted_after: list[float] = field(default_factory=list)
-    request_took: list[float] = field(default_factory=list)
+    #: Of the request that was answered so: when it began, by time.monotonic(), and seconds it took.
+    requests: list[tuple[float, float]] = field(default_factory=list)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     def spawn(self, work: Awaitable[None]) -> None:
@@ -85,7 +91,7 @@ class Following:
         self.reader.events.append(Seen(epoch, event["seq"], event["type"], data))
         self.cursor = cursor
         self.ended = event["type"] in TERMINAL
-        if event["type"] == "content" and time.time() * 1000 - data["at"] < 1000:  # noqa: TID251 - theirs is the wall
+        if event["type"] == "content" and self.world.clock.now_ms() - data["at"] < 1000:
             self.world.pulse.append(time.monotonic())
         if self.leave_after is not None:
             self.leave_after -= 1
@@ -179,6 +185,8 @@ class Fleet:
         self._name = name
         self._following: dict[str, Following] = {}
         self._changed = asyncio.Event()
+        #: Nobody adds another run.
+        self.complete = asyncio.Event()
 
     def add(self, run_id: str) -> None:
         reader = Reader(f"{self._name}-fleet-{run_id[-6:]}", "sse-many", run_id)
@@ -187,12 +195,12 @@ class Fleet:
         self._changed.set()
 
     async def read(self, chance: random.Random) -> None:
-        """Until nothing is left and nobody asks any more."""
+        """Until every run that was added has ended and none can be added."""
         world = self._world
         while not world.over.is_set():
             self._changed.clear()
             open_ = {run_id: one for run_id, one in self._following.items() if not one.reader.finished}
-            if not open_ and world.closing.is_set():
+            if not open_ and self.complete.is_set():
                 return
             if not open_:
                 await world.pause(0.2)
@@ -234,15 +242,15 @@ class Fleet:
             one.reader.finished = one.ended
 
 
-async def _frames(response: aiohttp.ClientResponse) -> Any:
+async def _frames(response: aiohttp.ClientResponse) -> AsyncIterator[tuple[str, dict[str, Any]]]:
     """`(id, data)` of every whole frame that says something; raises when the connection breaks."""
     rest = b""
     async for data in response.content.iter_any():
         *whole, rest = (rest + data).split(b"\n\n")
         for frame in whole:
-            yield_ = _frame(frame)
-            if yield_ is not None:
-                yield yield_
+            said = _frame(frame)
+            if said is not None:
+                yield said
 
 
 def _frame(frame: bytes) -> tuple[str, dict[str, Any]] | None:
@@ -270,13 +278,19 @@ class Person:
         self._name = f"client{number}"
         self._seed = seed
         self._chance = random.Random(f"{seed}-{number}")
-        self._numbers = self._count()
+        self._numbers = itertools.count(1)
         self._fleet = Fleet(world, self._name)
 
     async def live(self) -> None:
         """Until the harness closes."""
+        self._world.spawn(self._fleet.read(random.Random(self._chance.random())))
+        try:
+            await self._talk()
+        finally:
+            self._fleet.complete.set()
+
+    async def _talk(self) -> None:
         world, chance = self._world, self._chance
-        world.spawn(self._fleet.read(random.Random(chance.random())))
         chat_id: str | None = None
         while not world.closing.is_set():
             if chat_id is None or chance.random() < 0.3:
@@ -296,16 +310,10 @@ class Person:
                 await world.pause(0.05)
             await world.pause(chance.uniform(0, 1))
 
-    def _count(self) -> Iterator[int]:
-        number = 0
-        while True:
-            number += 1
-            yield number
-
     def _have_it_read(self, promise: Promise) -> Reader:
         chance, world = self._chance, self._world
         readers = []
-        delays = [0.0, *(chance.choice((0.0, 0.5, 3.0, 25.0)) for _ in range(chance.randrange(0, 3)))]
+        delays = [0.0, *(chance.choice((0.0, 0.5, 3.0, world.late)) for _ in range(chance.randrange(0, 3)))]
         for index, delay in enumerate(delays):
             transport = chance.choice(sorted(TRANSPORTS))
             reader = Reader(f"{self._name}-{promise.run_id[-6:]}-{index}", transport, promise.run_id)
@@ -367,7 +375,7 @@ class Person:
                 continue
             last = f"{response.status} {said}"
             if response.status == wanted:
-                world.request_took.append(time.monotonic() - started)
+                world.requests.append((started, time.monotonic() - started))
                 answered: dict[str, Any] = orjson.loads(said)
                 return answered
             if response.status not in LATER | {409}:
@@ -388,8 +396,9 @@ class Person:
             base = self._chance.choice(world.endpoints)
             try:
                 async with world.http.post(f"{base}/api/task/{run_id}/cancel", timeout=timeout) as response:
-                    if response.status in {200, 202}:
+                    if response.status not in {200, 202}:
+                        await _refused(world, "POST /api/task/…/cancel", response)
+                    if response.status not in LATER:
                         return
-                    await _refused(world, "POST /api/task/…/cancel", response)
             except BROKEN:
                 await world.pause(0.3)

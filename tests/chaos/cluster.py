@@ -45,8 +45,6 @@ SETTINGS: Final[Mapping[str, str]] = {
     "HEADWATER_HEARTBEAT": str(HEARTBEAT),
     "HEADWATER_PROVIDER_IDLE": "4",
     "HEADWATER_RUN_DEADLINE": "60",
-    # Short enough that readers that come late find a log that has expired.
-    "HEADWATER_STREAM_TTL": "20",
     "HEADWATER_MAX_ATTEMPTS": "5",
     "HEADWATER_MAX_STREAMS": "5000",
     "HEADWATER_WORKER_CONCURRENCY": "32",
@@ -155,12 +153,17 @@ class Cluster:
     def rows(self, history: History) -> None:
         """Take what PostgreSQL has into the history."""
         with psycopg.connect(self.postgres.url(), connect_timeout=5, row_factory=dict_row) as connection:
-            history.runs = connection.execute(_RUNS).fetchall()
-            history.messages = connection.execute(_MESSAGES).fetchall()
+            history.runs = [*connection.execute(_RUNS).fetchall()]
+            history.messages = [*connection.execute(_MESSAGES).fetchall()]
 
-    async def whole(self) -> None:
-        """Wait until every process takes work again."""
+    async def whole(self) -> list[str]:
+        """Wait until every process takes work again; what is to be said about those that had ended by themselves."""
+        fallen = [process for process in self.processes if not process.running]
+        said = [f"{process.name} ended by itself with {process.exit_code}" for process in fallen]
+        for process in fallen:
+            process.launch()
         await asyncio.gather(*(process.ready() for process in self.processes))
+        return said
 
     async def settled(self, history: History, timeout: float) -> bool:
         """Wait until every promised run is stored with its end; whether that came within `timeout` seconds."""

@@ -276,14 +276,16 @@ def summary(history: History) -> dict[str, Any]:
         "attempts": sum(row["attempt"] for row in history.runs),
         "most_attempts": max((row["attempt"] for row in history.runs), default=0),
         "states": dict(states),
-        "longest_silence": max(map(_longest_silence, history.readers), default=0.0),
+        "longest_silence": max(map(_longest_silence, history.readers), default=(0.0, 0, "")),
     }
 
 
-def _longest_silence(reader: Reader) -> float:
-    """Seconds between two neighbouring events of one log, by the clock of who wrote them."""
-    longest = 0.0
+def _longest_silence(reader: Reader) -> tuple[float, int, str]:
+    """Between two neighbouring events of one log: seconds, when it began in Unix milliseconds, and the run."""
+    longest = (0.0, 0, reader.run_id)
     for before, after in pairwise(reader.events):
-        if before.epoch == after.epoch and 0 < before.seq < after.seq:
-            longest = max(longest, (after.data["at"] - before.data["at"]) / 1000)
+        # What was made again from the rows has only two times, the run's beginning and its end.
+        if before.epoch == after.epoch != "stored" and 0 < before.seq < after.seq:
+            began, ended = before.data["at"], after.data["at"]
+            longest = max(longest, ((ended - began) / 1000, began, reader.run_id))
     return longest

@@ -22,6 +22,7 @@ class Proxy:
         self.flowing = asyncio.Event()
         self.refusing = False
         self._writers: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
     async def run(self, port: int = 0) -> AsyncIterator[Proxy]:
@@ -36,6 +37,7 @@ class Proxy:
             self.flowing.set()
             self.cut()
             await server.wait_closed()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def cut(self) -> int:
         """Reset every open connection; how many there were."""
@@ -46,6 +48,10 @@ class Proxy:
         return len(writers)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         if self.refusing:
             writer.transport.abort()
             return

@@ -293,9 +293,9 @@ BAD: list[tuple[str, str, dict[str, Any], int, str]] = [
 
 @pytest.mark.parametrize(("method", "path", "extra", "status", "code"), BAD, ids=lambda value: str(value)[:40])
 async def test_a_bad_request_is_refused_by_name(
-    bad_api: Api, method: str, path: str, extra: dict[str, Any], status: int, code: str
+    shared: Api, method: str, path: str, extra: dict[str, Any], status: int, code: str
 ) -> None:
-    answer = await bad_api.http.request(method, path, **extra)
+    answer = await shared.http.request(method, path, **extra)
     if method == "HEAD":
         assert answer.status_code == status
     else:
@@ -330,18 +330,18 @@ MESSAGES: list[tuple[bytes, str, int, str]] = [
 
 @pytest.mark.parametrize(("body", "kind", "status", "code"), MESSAGES, ids=lambda value: str(value)[:40])
 async def test_a_bad_message_is_refused_by_name_and_leaves_nothing(
-    bad_api: Api, body: bytes, kind: str, status: int, code: str
+    shared: Api, body: bytes, kind: str, status: int, code: str
 ) -> None:
-    chat_id = await bad_api.chat()
-    answer = await bad_api.http.post(f"/api/chats/{chat_id}/messages", content=body, headers={"content-type": kind})
+    chat_id = await shared.chat()
+    answer = await shared.http.post(f"/api/chats/{chat_id}/messages", content=body, headers={"content-type": kind})
     problem(answer, status, code)
-    chat = (await bad_api.http.get(f"/api/chats/{chat_id}")).json()
+    chat = (await shared.http.get(f"/api/chats/{chat_id}")).json()
     assert (chat["messages"], chat["active_task_id"], chat["title"]) == ([], None, None)
 
 
 @pytest.fixture(scope="module")
-async def bad_api(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> AsyncIterator[Api]:
-    """One server for the whole table: refused requests leave nothing that another could meet."""
+async def shared(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> AsyncIterator[Api]:
+    """One server for many tests: those that leave nothing which another could meet."""
     redis_server, postgres = request.getfixturevalue("redis_server"), request.getfixturevalue("postgres_server")
     template = request.getfixturevalue("template_database")
     with psycopg.connect(postgres.url("postgres"), autocommit=True) as connection:
@@ -351,19 +351,19 @@ async def bad_api(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixt
         yield running
 
 
-async def test_a_body_without_a_length_is_limited_as_well(api: Api) -> None:
+async def test_a_body_without_a_length_is_limited_as_well(shared: Api) -> None:
     async def endless() -> AsyncIterator[bytes]:
         for _ in range(40):
             yield b'{"content": "' + b"x" * 10_000
 
-    answer = await api.http.post(
-        f"/api/chats/{await api.chat()}/messages", content=endless(), headers={"content-type": "application/json"}
+    answer = await shared.http.post(
+        f"/api/chats/{await shared.chat()}/messages", content=endless(), headers={"content-type": "application/json"}
     )
     problem(answer, 413, "too_large")
 
 
-async def test_a_validation_problem_names_each_field(api: Api) -> None:
-    answer = await api.http.post("/api/chats", json={"title": 7, "extra": 1})
+async def test_a_validation_problem_names_each_field(shared: Api) -> None:
+    answer = await shared.http.post("/api/chats", json={"title": 7, "extra": 1})
     document = problem(answer, 422, "invalid_input")
     assert {error["field"] for error in document["errors"]} == {"title", "extra"}
 
@@ -408,7 +408,9 @@ async def test_signing_in_and_out_by_the_page(tmp_path: Path, redis_url: str, da
         page = await api.http.get("/sign-in", headers={"accept": "text/html"})
         assert page.status_code == 200
         assert "script-src" not in page.headers["content-security-policy"]
-        assert (await api.http.get("/sign-in/style.css")).status_code == 200
+        for path in re.findall(r'(?:src|href)="([^"]+)"', page.text):
+            # Whoever is not signed in yet sees it whole.
+            assert (await api.http.get(path)).status_code == 200, path
 
         wrong = await api.http.post("/sign-in", data={"token": "<b>wrong"}, headers=browser)
         assert wrong.status_code == 401
@@ -431,8 +433,8 @@ async def test_signing_in_and_out_by_the_page(tmp_path: Path, redis_url: str, da
         problem(await api.http.get("/api/chats"), 401, "sign_in_required")
 
 
-async def test_without_a_token_there_is_nothing_to_sign_in_to(api: Api) -> None:
-    answer = await api.http.get("/sign-in")
+async def test_without_a_token_there_is_nothing_to_sign_in_to(shared: Api) -> None:
+    answer = await shared.http.get("/sign-in")
     assert (answer.status_code, answer.headers["location"]) == (303, "/")
 
 
@@ -440,8 +442,8 @@ async def test_without_a_token_there_is_nothing_to_sign_in_to(api: Api) -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/docs", "/api/chats", "/api/nothing", "/static/app.js", "/healthz"])
-async def test_every_answer_has_the_security_headers(api: Api, path: str) -> None:
-    headers = (await api.http.get(path)).headers
+async def test_every_answer_has_the_security_headers(shared: Api, path: str) -> None:
+    headers = (await shared.http.get(path)).headers
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["referrer-policy"] == "same-origin"
     assert headers["cross-origin-opener-policy"] == "same-origin"
@@ -451,8 +453,8 @@ async def test_every_answer_has_the_security_headers(api: Api, path: str) -> Non
     assert "server" not in headers
 
 
-async def test_the_page_runs_its_own_scripts_only(api: Api) -> None:
-    page = await api.http.get("/")
+async def test_the_page_runs_its_own_scripts_only(shared: Api) -> None:
+    page = await shared.http.get("/")
     policy = dict(part.strip().split(" ", 1) for part in page.headers["content-security-policy"].split(";"))
     assert "'unsafe-inline'" not in page.headers["content-security-policy"]
     assert "'unsafe-eval'" not in page.headers["content-security-policy"]
@@ -463,41 +465,41 @@ async def test_the_page_runs_its_own_scripts_only(api: Api) -> None:
 
 
 @pytest.mark.parametrize("page", ["/", "/docs"])
-async def test_whatever_a_page_asks_for_is_here(api: Api, page: str) -> None:
-    html = (await api.http.get(page)).text
+async def test_whatever_a_page_asks_for_is_here(shared: Api, page: str) -> None:
+    html = (await shared.http.get(page)).text
     paths = set(re.findall(r'(?:src|href)="([^"]+)"', html)) | set(re.findall(r'": "(/static/[^"]+)"', html))
     assert len(paths) > 2
     for path in paths:
         assert path.startswith("/"), f"{page} loads {path} from elsewhere"
-        assert (await api.http.get(path)).status_code == 200, path
+        assert (await shared.http.get(path)).status_code == 200, path
 
 
-async def test_files_are_packed_and_asked_for_again_by_their_etag(api: Api) -> None:
-    plain = await api.http.get("/static/app.js", headers={"accept-encoding": "identity"})
+async def test_files_are_packed_and_asked_for_again_by_their_etag(shared: Api) -> None:
+    plain = await shared.http.get("/static/app.js", headers={"accept-encoding": "identity"})
     assert plain.headers["content-type"] == "text/javascript; charset=utf-8"
     assert plain.headers["cache-control"] == "no-cache"
-    async with api.http.stream("GET", "/static/app.js", headers={"accept-encoding": "gzip"}) as packed:
+    async with shared.http.stream("GET", "/static/app.js", headers={"accept-encoding": "gzip"}) as packed:
         raw = b"".join([chunk async for chunk in packed.aiter_raw()])
     assert packed.headers["content-encoding"] == "gzip"
     assert gzip.decompress(raw) == plain.content
-    again = await api.http.get("/static/app.js", headers={"if-none-match": plain.headers["etag"]})
+    again = await shared.http.get("/static/app.js", headers={"if-none-match": plain.headers["etag"]})
     assert (again.status_code, again.content) == (304, b"")
-    head = await api.http.head("/static/app.js", headers={"accept-encoding": "identity"})
+    head = await shared.http.head("/static/app.js", headers={"accept-encoding": "identity"})
     assert (head.content, head.headers["content-length"]) == (b"", str(len(plain.content)))
 
 
-async def test_a_request_id_is_taken_over_when_it_is_harmless(api: Api) -> None:
-    assert (await api.http.get("/healthz", headers={"x-request-id": "trace-0123"})).headers[
+async def test_a_request_id_is_taken_over_when_it_is_harmless(shared: Api) -> None:
+    assert (await shared.http.get("/healthz", headers={"x-request-id": "trace-0123"})).headers[
         "x-request-id"
     ] == "trace-0123"
-    made_up = (await api.http.get("/healthz", headers={"x-request-id": "a b"})).headers["x-request-id"]
+    made_up = (await shared.http.get("/healthz", headers={"x-request-id": "a b"})).headers["x-request-id"]
     assert re.fullmatch(r"[0-9a-f]{16}", made_up)
 
 
-async def test_requests_are_counted_by_route_and_not_by_address(api: Api) -> None:
-    await api.http.get(f"/api/task/{new_id()}")
-    await api.http.get("/anything/at/all")
-    text = (await api.http.get("/metrics")).text
+async def test_requests_are_counted_by_route_and_not_by_address(shared: Api) -> None:
+    await shared.http.get(f"/api/task/{new_id()}")
+    await shared.http.get("/anything/at/all")
+    text = (await shared.http.get("/metrics")).text
     assert 'route="/api/task/{task_id}",status="404"' in text
     assert 'route="unmatched",status="404"' in text
     assert "anything" not in text

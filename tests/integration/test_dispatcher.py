@@ -42,17 +42,16 @@ async def test_a_frozen_redis_blocks_neither_the_caller_nor_the_stop(tmp_path: P
     dispatcher = Dispatcher(celery, telemetry=Telemetry())
     runs = [new_run("chat") for _ in range(3)]
     try:
-        async with redis.asyncio.Redis.from_url(server.url()) as raw:
-            async with running(dispatcher):
-                dispatcher.enqueue(runs[0])
-                await eventually(lambda: raw.llen("chat"))
-                os.kill(server.pid, signal.SIGSTOP)
-                dispatcher.enqueue(runs[1])
-                dispatcher.enqueue(runs[2])
-                # While a send hangs.
-                async with asyncio.timeout(10):
-                    await dispatcher.stop()
-                assert len(dispatcher._waiting) == 1
+        async with redis.asyncio.Redis.from_url(server.url()) as raw, running(dispatcher):
+            dispatcher.enqueue(runs[0])
+            await eventually(lambda: raw.llen("chat"))
+            os.kill(server.pid, signal.SIGSTOP)
+            dispatcher.enqueue(runs[1])
+            dispatcher.enqueue(runs[2])
+            # While a send hangs.
+            async with asyncio.timeout(10):
+                await dispatcher.stop()
+            assert len(dispatcher._waiting) == 1
     finally:
         os.kill(server.pid, signal.SIGCONT)
         await asyncio.to_thread(celery.close)

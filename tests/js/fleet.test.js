@@ -26,7 +26,10 @@ test("an answer cut after every event and at every byte of a frame is whole", TI
   const cut = new Set();
   const { origin } = await serve((request, response) => {
     const at = Number(/\/r(\d+)/.exec(request.url)[1]);
-    const rest = events.slice(after(request.url)).map((event) => frame(event)).join("");
+    const rest = events
+      .slice(after(request.url))
+      .map((event) => frame(event))
+      .join("");
     stream(response);
     if (cut.has(at)) return response.end(rest);
     cut.add(at);
@@ -50,7 +53,12 @@ test("the end of a stream is not the end of a run", TIME, async (t) => {
   const { fleet } = follow(origin, t, ["r"], "r");
   await eventually(() => fleet.state("r").end);
   assert.equal(fleet.state("r").content, "abc");
-  assert.deepEqual(requests, ["/api/stream/r", "/api/stream/r?after=e-1", "/api/stream/r?after=e-2", "/api/stream/r?after=e-3"]);
+  assert.deepEqual(requests, [
+    "/api/stream/r",
+    "/api/stream/r?after=e-1",
+    "/api/stream/r?after=e-2",
+    "/api/stream/r?after=e-3",
+  ]);
 });
 
 test("many runs share one connection, and the one on screen has its own", TIME, async (t) => {
@@ -59,7 +67,10 @@ test("many runs share one connection, and the one on screen has its own", TIME, 
   const { origin, requests } = await serve((request, response) => {
     const url = new URL(request.url, "http://x");
     stream(response);
-    const runs = url.searchParams.get("runs")?.split(",").map((part) => part.split(":")[0]);
+    const runs = url.searchParams
+      .get("runs")
+      ?.split(",")
+      .map((part) => part.split(":")[0]);
     held.push(() => {
       for (const event of log(["x", "y"])) {
         for (const run of runs ?? []) response.write(frame(event, { run, epoch: run }));
@@ -105,7 +116,12 @@ test("a log that was lost and begun again replaces the text", TIME, async (t) =>
   const { origin } = await serve((request, response, n) => {
     if (n === 1) return stream(response).end(frame(log(["old"])[0], { epoch: "one" }));
     const reset = frame({ seq: 0, type: "reset", at: 0, reason: "history_lost" }, { epoch: "two" });
-    stream(response).end(reset + log(["new"]).map((event) => frame(event, { epoch: "two" })).join(""));
+    stream(response).end(
+      reset +
+        log(["new"])
+          .map((event) => frame(event, { epoch: "two" }))
+          .join(""),
+    );
   }, t);
   const { fleet } = follow(origin, t, ["r"], "r");
   await eventually(() => fleet.state("r").end);
@@ -115,7 +131,12 @@ test("a log that was lost and begun again replaces the text", TIME, async (t) =>
 test("a connection that says nothing for too long is given up", TIME, async (t) => {
   const { origin } = await serve((request, response, n) => {
     stream(response); // and then silence
-    if (n > 1) response.end(log(["here"]).map((event) => frame(event)).join(""));
+    if (n > 1)
+      response.end(
+        log(["here"])
+          .map((event) => frame(event))
+          .join(""),
+      );
   }, t);
   const { fleet } = follow(origin, t, ["r"], "r");
   await eventually(() => fleet.state("r").end);
@@ -124,9 +145,14 @@ test("a connection that says nothing for too long is given up", TIME, async (t) 
 
 test("503 and a dead server are waited out", TIME, async (t) => {
   const { origin } = await serve((request, response, n) => {
-    if (n === 1) return response.writeHead(503, { "Content-Type": "application/problem+json" }).end('{"detail":"away"}');
+    if (n === 1)
+      return response.writeHead(503, { "Content-Type": "application/problem+json" }).end('{"detail":"away"}');
     if (n === 2) return request.socket.destroy();
-    stream(response).end(log(["up"]).map((event) => frame(event)).join(""));
+    stream(response).end(
+      log(["up"])
+        .map((event) => frame(event))
+        .join(""),
+    );
   }, t);
   const { fleet, seen } = follow(origin, t, ["r"], "r");
   await eventually(() => fleet.state("r").end);
@@ -137,7 +163,12 @@ test("503 and a dead server are waited out", TIME, async (t) => {
 for (const status of [204, 401, 404])
   test(`${status} is said once and not asked again before somebody wants it`, TIME, async (t) => {
     const { origin, requests } = await serve((request, response, n) => {
-      if (n > 1) return stream(response).end(log(["back"]).map((event) => frame(event)).join(""));
+      if (n > 1)
+        return stream(response).end(
+          log(["back"])
+            .map((event) => frame(event))
+            .join(""),
+        );
       response.writeHead(status).end();
     }, t);
     const { fleet, seen } = follow(origin, t, ["r"], "r");
@@ -152,8 +183,14 @@ for (const status of [204, 401, 404])
 
 test("an unknown run among several does not trouble the others", TIME, async (t) => {
   const { origin } = await serve((request, response) => {
-    stream(response).write('event: error\ndata: {"run_id":"bad","type":"error","code":"not_found","message":"There is no such run."}\n\n');
-    response.end(log(["fine"]).map((event) => frame(event, { run: "good" })).join(""));
+    stream(response).write(
+      'event: error\ndata: {"run_id":"bad","type":"error","code":"not_found","message":"There is no such run."}\n\n',
+    );
+    response.end(
+      log(["fine"])
+        .map((event) => frame(event, { run: "good" }))
+        .join(""),
+    );
   }, t);
   const { fleet, seen } = follow(origin, t, ["bad", "good"]);
   await eventually(() => fleet.state("good").end && seen.gone.length);
@@ -168,7 +205,13 @@ test("asleep it holds no connection, and awake it goes on where it was", TIME, a
   const { origin, requests } = await serve((request, response) => {
     open.push(stream(response));
     if (after(request.url) === 0) response.write(frame(events[0]));
-    else response.end(events.slice(1).map((event) => frame(event)).join(""));
+    else
+      response.end(
+        events
+          .slice(1)
+          .map((event) => frame(event))
+          .join(""),
+      );
   }, t);
   const { fleet } = follow(origin, t, ["r"], "r");
   await eventually(() => fleet.state("r").content === "a");

@@ -27,7 +27,11 @@ for (const { name, stream, frames, retry } of cases) {
   test(`cut twice: ${name}`, () => {
     for (let one = 0; one <= bytes.length; one++)
       for (let two = one; two <= bytes.length; two++)
-        assert.deepEqual(parse([bytes.slice(0, one), bytes.slice(one, two), bytes.slice(two)]), wanted, `${one}, ${two}`);
+        assert.deepEqual(
+          parse([bytes.slice(0, one), bytes.slice(one, two), bytes.slice(two)]),
+          wanted,
+          `${one}, ${two}`,
+        );
   });
 }
 

@@ -56,5 +56,6 @@ test("a notice goes when text comes", () => {
 test("a cursor is read back as it was written, and nothing else is a cursor", () => {
   assert.deepEqual(parseCursor(formatCursor({ epoch: "k3", seq: 12 })), { epoch: "k3", seq: 12 });
   assert.equal(formatCursor(null), "");
-  for (const text of ["", null, "a", "a-", "-1", "A-1", "a-01", "a-1 ", "a-1-1", "a--1"]) assert.equal(parseCursor(text), null, text);
+  for (const text of ["", null, "a", "a-", "-1", "A-1", "a-01", "a-1 ", "a-1-1", "a--1"])
+    assert.equal(parseCursor(text), null, text);
 });

@@ -37,7 +37,10 @@ test("a question that could not be sent outlives the server's view", () => {
 
 test("what ended before our eyes stays ended while the server's row lags", () => {
   const thread = asked();
-  const events = [{ seq: 1, type: "content", at: 1, text: "So." }, { seq: 2, type: "done", at: 2, finish_reason: "stop" }];
+  const events = [
+    { seq: 1, type: "content", at: 1, text: "So." },
+    { seq: 2, type: "done", at: 2, finish_reason: "stop" },
+  ];
   thread.ended("run", events.reduce(fold, initial()));
   const row = { id: "a", parent_id: "q", role: "assistant", content: "", status: "processing", run_id: "run" };
   const question = { id: "q", parent_id: null, role: "user", content: "Why?", status: "done", run_id: null };

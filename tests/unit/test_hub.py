@@ -258,6 +258,20 @@ class TestHoles:
         await scene.finish(5)
         assert seqs(await rest(reader)) == [5]
 
+    async def test_what_is_said_during_a_read_leads_to_a_further_one(self, scene: Scene) -> None:
+        await scene.write(1, 2)
+        scene.log.gate.clear()
+        reader = scene.join()
+        following = asyncio.ensure_future(take(reader, 3))
+        await eventually(lambda: scene.log.reads)
+        # The page is on its way without it, its message is lost, and the connection was made again before.
+        scene.push.sever()
+        await scene.write(3, 3)
+        scene.push.mend()
+        await eventually(lambda: scene.hub._channels[scene.run.id].confirmed)
+        scene.log.gate.set()
+        assert seqs(await following) == [1, 2, 3]
+
     async def test_a_confirmation_of_an_earlier_subscription_hides_nothing(self, scene: Scene) -> None:
         scene.push.holding = True
         first = scene.join()

@@ -44,6 +44,8 @@ class Reader:
         #: The terminal event came, since it last joined.
         self.ended = False
         self.over = False
+        #: A `next` that waits.
+        self.waiting: asyncio.Task[Batch | None] | None = None
 
     def see(self, batch: Batch | None) -> None:
         if batch is None:
@@ -209,17 +211,44 @@ class HubModel(RuleBasedStateMachine):
 
     def read(self, reader: Reader, patience: float) -> None:
         async def next_() -> Batch | None:
-            return await asyncio.wait_for(reader.subscription.next(), patience)
+            return await reader.subscription.next()
 
-        try:
-            reader.see(self.go(next_()))
-        except TimeoutError:
-            return
+        if reader.waiting is None:
+            reader.waiting = self.loop.create_task(next_())
+        waiting = reader.waiting
+        self.go(asyncio.wait([waiting], timeout=patience))
+        if waiting.done():
+            reader.waiting = None
+            reader.see(waiting.result())
+
+    @rule(slow=st.booleans())
+    def reads_take_long_or_end(self, slow: bool) -> None:
+        """What was read is on its way while all else goes on."""
+        if slow:
+            self.log.gate.clear()
+        else:
+            self.do(self.log.gate.set)
+
+    @precondition(lambda self: self.readers)
+    @rule(which=st.integers(0, 7))
+    def a_reader_loses_patience(self, which: int) -> None:
+        self.give_up(self.readers[which % len(self.readers)])
+
+    def give_up(self, reader: Reader) -> None:
+        """Cancel its `next`; what that had already is still given."""
+        waiting, reader.waiting = reader.waiting, None
+        if waiting is not None:
+            waiting.cancel()
+            self.go(asyncio.wait([waiting]))
+            if not waiting.cancelled():
+                reader.see(waiting.result())
 
     @precondition(lambda self: self.readers)
     @rule(which=st.integers(0, 7))
     def a_reader_leaves_and_returns(self, which: int) -> None:
         reader = self.readers[which % len(self.readers)]
+
+        self.give_up(reader)
 
         def return_() -> Subscription:
             reader.subscription.close()
@@ -241,6 +270,7 @@ class HubModel(RuleBasedStateMachine):
         try:
             self.log.away = False
             self.push.holding = False
+            self.do(self.log.gate.set)
             if not self.over:
                 self.the_worker_ends()
             self.do(lambda: self.push.deliver(len(self.push.mail)))
@@ -248,6 +278,9 @@ class HubModel(RuleBasedStateMachine):
                 self.read_to_the_end(reader)
             assert self.push.followed == []
         finally:
+            for reader in self.readers:
+                if reader.waiting is not None:
+                    reader.waiting.cancel()
             self.go(self.hub.stop())
             self.loop.close()
 

@@ -50,7 +50,11 @@ def test_nothing_waits_for_a_frozen_redis_for_ever(app: Celery) -> None:
 
 
 def test_runs_and_housekeeping_have_queues_of_their_own(app: Celery) -> None:
-    assert set(app.amqp.queues) == {"chat", "jobs", "maintenance"}
+    queues = app.amqp.queues
+    assert set(queues) == {"chat", "jobs", "maintenance"}
+    assert {(name, queue.exchange.name, queue.routing_key) for name, queue in queues.items()} == {
+        (name, name, name) for name in queues
+    }
     assert queue_of(new_run("chat")) == "chat"
     assert queue_of(new_run("shorts")) == "jobs"
     for task in (SWEEP_TASK, SYNC_TASK):

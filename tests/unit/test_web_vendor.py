@@ -35,8 +35,7 @@ def test_a_package_has_a_version_a_source_and_its_licence(package: dict[str, Any
     assert all(file["source"] for file in package["files"])
     licences = [file["path"] for file in package["files"] if file["path"].startswith("licences/")]
     assert package["licence"]
-    assert len(licences) == 1
-    assert len((VENDOR / licences[0]).read_text()) > 200
+    assert any(len((VENDOR / path).read_text()) > 200 for path in licences)
 
 
 def test_a_file_that_names_its_version_names_the_one_of_the_manifest() -> None:
@@ -50,7 +49,8 @@ def test_the_import_map_names_every_library_and_nothing_else() -> None:
     found = re.search(r'<script type="importmap">(.*?)</script>', (WEB / "index.html").read_text(), re.DOTALL)
     assert found
     imports: dict[str, str] = json.loads(found[1])["imports"]
-    scripts = {path for path in FILES if path.endswith(".js")}
+    # The API's documentation is a page of its own, which loads its library as a plain script.
+    scripts = {path for path in FILES if path.endswith(".js") and not path.startswith("swagger-ui/")}
     assert {target.removeprefix("/static/vendor/") for target in imports.values()} == scripts
     bare = {
         name

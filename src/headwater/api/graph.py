@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 
 from headwater import providers, streams
 from headwater.api.health import Checkup
@@ -72,6 +72,10 @@ class Servers:
     journal: Journal
     provider: Provider
 
+    @property
+    def about(self) -> Mapping[str, Any]:
+        return {"demo": self.provider.demo, "model": self.provider.model, "version": version("headwater")}
+
     def reader(self, replay: Replay) -> Read:
         """Events from the log, or from the store once the log has expired."""
 
@@ -87,6 +91,14 @@ class Servers:
         return read
 
 
+class _Common(TypedDict):
+    """What almost every part is given."""
+
+    clock: Clock
+    telemetry: Telemetry
+    settings: Settings
+
+
 @asynccontextmanager
 async def assemble(settings: Settings, telemetry: Telemetry) -> AsyncIterator[Graph]:
     """Make the parts and start those that run. Raises SettingsError and JournalUnavailable."""
@@ -94,14 +106,21 @@ async def assemble(settings: Settings, telemetry: Telemetry) -> AsyncIterator[Gr
     async with AsyncExitStack() as stack:
         servers = await _servers(settings, telemetry, clock, stack)
         log, store, journal = servers.log, servers.store, servers.journal
+        common: _Common = {"clock": clock, "telemetry": telemetry, "settings": settings}
         overlay = Overlay(store, journal)
         replay = Replay(overlay.run, overlay.message)
         hub = Hub(log, history=replay, telemetry=telemetry, heartbeat=settings.heartbeat)
         syncer = Syncer(journal, store, telemetry=telemetry, clock=clock)
         dispatcher = Dispatcher(make_celery(settings), telemetry=telemetry)
         kinds = {ChatPipeline.kind: ChatPipeline(servers.provider, settings)}
-        save = partial(syncer.save, wait=settings.db_wait)
-        runner = Runner(log, kinds, save, clock=clock, telemetry=telemetry, settings=settings, known=overlay.run)
+        runner = Runner(
+            log,
+            kinds,
+            partial(syncer.save, wait=settings.db_wait),
+            known=overlay.run,
+            history=replay.page,
+            **common,
+        )
         intake = Intake(
             store=store,
             journal=journal,
@@ -110,9 +129,7 @@ async def assemble(settings: Settings, telemetry: Telemetry) -> AsyncIterator[Gr
             enqueue=dispatcher.enqueue,
             settle=runner.settle,
             pipelines=kinds,
-            clock=clock,
-            telemetry=telemetry,
-            settings=settings,
+            **common,
             away=lambda: syncer.away,
         )
         # Here as well as in the workers: runs are taken over also when the only worker was restarted.
@@ -135,20 +152,14 @@ async def assemble(settings: Settings, telemetry: Telemetry) -> AsyncIterator[Gr
         await stack.enter_async_context(running(syncer, dispatcher, hub, sweeper, _FirstLook(checkup)))
         read = servers.reader(replay)
         yield Graph(
-            settings=settings,
-            telemetry=telemetry,
-            clock=clock,
+            **common,
             reading=reading,
             intake=intake,
             streams=open_streams,
             stream=StreamEndpoint(hub, open_streams, may=reading.may_read, read=read),
             poll=Poll(hub, open_streams, may=reading.may_read, read=read),
             checkup=checkup,
-            about={
-                "demo": servers.provider.demo,
-                "model": servers.provider.model,
-                "version": version("headwater"),
-            },
+            about=servers.about,
         )
 
 

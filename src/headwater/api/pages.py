@@ -67,18 +67,17 @@ class Pages:
     def __init__(self, access: Access) -> None:
         self._access = access
         own = files("headwater.api") / "html"
-        self._form = (own / "sign-in.html").read_text("utf-8")
         self._pages: dict[str, Page] = {
-            "/sign-in/style.css": Page((own / "sign-in.css").read_bytes(), "text/css; charset=utf-8"),
             "/docs": Page((own / "docs.html").read_bytes(), "text/html; charset=utf-8", _DOCS_CSP),
             "/docs/init.js": Page((own / "docs.js").read_bytes(), "text/javascript; charset=utf-8"),
         }
         web = files("headwater") / "web"
         for path, file in _walk(web, ""):
             self._pages[PREFIX + path] = Page(file.read_bytes(), _media_type(path))
-        index = self._pages.pop(f"{PREFIX}index.html", None)
-        if index is not None:
-            self._pages["/"] = Page(index.body, index.media_type, page_csp(index.body))
+        index = self._pages.pop(f"{PREFIX}index.html")
+        self._pages["/"] = Page(index.body, index.media_type, page_csp(index.body))
+        #: With places for `{message}`, `{role}` and `{invalid}`.
+        self._form = self._pages.pop(f"{PREFIX}sign-in.html").body.decode()
         for icon in ("favicon.ico", "favicon.svg"):
             if PREFIX + icon in self._pages:
                 self._pages["/favicon.ico"] = self._pages[PREFIX + icon]

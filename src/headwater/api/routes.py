@@ -10,7 +10,7 @@ from headwater.access import Caller
 from headwater.api.graph import Graph
 
 #: Characters of an Idempotency-Key: what a client makes, usually a UUID.
-KEY_PATTERN = r"^[\x21-\x7e]{1,128}$"
+KEY_PATTERN = r"^[\x21-\x7e]{1,255}$"
 
 
 def _graph(request: Request) -> Graph:

@@ -24,7 +24,7 @@ from headwater.runner.leases import Hold, Stop
 from headwater.runner.writer import Writer
 from headwater.runs import Lease, Run, RunState
 from headwater.settings import Settings
-from headwater.streams.base import Renewed, StreamLog
+from headwater.streams.base import Page, Renewed, StreamLog
 from headwater.telemetry import Telemetry
 from headwater.transcript import Transcript
 
@@ -50,6 +50,8 @@ class Parts:
     known: Callable[[str], Awaitable[Run | None]] | None = None
     #: Hands a run to the queue; never blocks.
     requeue: Callable[[Run], None] | None = None
+    #: The events of a run that has ended, made from its rows; None when it has not.
+    history: Callable[[str], Awaitable[Page | None]] | None = None
 
     async def stored(self, run_id: str) -> Run | None:
         """What is stored of the run; None also when that cannot be told now."""
@@ -60,6 +62,17 @@ class Parts:
         except Unavailable as error:
             logger.warning("What is stored of run %s cannot be read now: %s", run_id, error)
             return None
+
+    async def told(self, run_id: str) -> Sequence[Event]:
+        """What a run that has ended said, from its rows; empty when it has not ended or that cannot be told now."""
+        if self.history is None:
+            return ()
+        try:
+            page = await self.history(run_id)
+        except Unavailable as error:
+            logger.warning("The rows of run %s cannot be read now: %s", run_id, error)
+            return ()
+        return page.events if page is not None else ()
 
     def hand_on(self, run: Run) -> None:
         if self.requeue is not None:
@@ -108,8 +121,9 @@ class Attempt:
         """
         if self._lease.attempt > 1:
             stored = await self._parts.stored(self._run.id)
-            if stored is not None and stored.state.terminal:
-                return await self._conclude(stored)
+            told = await self._parts.told(self._run.id) if stored is not None and stored.state.terminal else ()
+            if stored is not None and told:
+                return await self._conclude(stored, told)
         end = self._verdict()
         if end is None:
             end = await self._drive()
@@ -142,16 +156,16 @@ class Attempt:
         self._writer.add(Event(EventType.STATE, state))
         return None
 
-    async def _conclude(self, stored: Run) -> Run:
+    async def _conclude(self, stored: Run, told: Sequence[Event]) -> Run:
         """An earlier attempt saved the end and died before saying it: say it."""
-        if not self._earlier:
-            # What was said is gone from Redis as well. Without a log, readers are given the saved rows.
-            await self._parts.log.forget(stored.id)
-            return stored
-        extra = {"usage": stored.usage, "message_id": stored.message_id}
-        end = endings.of_stored(stored)
-        data = {**end.data, **{name: value for name, value in extra.items() if value is not None}}
-        await self._writer.end(replace(end, at=self._parts.clock.now_ms(), data=data), patient=True)
+        said, end = told[:-1], told[-1]
+        if _text(self._earlier) != _text(said):
+            # The log lacks what the dead worker had only in memory, so all of it is told again.
+            if endings.shows(self._earlier):
+                self._writer.add(Event(EventType.RESET, {"reason": "worker_lost", "attempt": self._lease.attempt}))
+            for event in said:
+                self._writer.add(Event(event.type, event.data))
+        await self._writer.end(Event(end.type, end.data, 0, self._parts.clock.now_ms()), patient=True)
         self._ended(stored)
         return stored
 
@@ -309,3 +323,8 @@ class Attempt:
         telemetry.count("headwater_runs_ended_total", kind=run.kind, state=run.state.value, code=code)
         telemetry.observe("headwater_run_seconds", self._parts.clock.monotonic() - self._began, kind=run.kind)
         logger.info("Run %s ended at attempt %d: %s %s", run.id, self._lease.attempt, run.state, code)
+
+
+def _text(events: Sequence[Event]) -> tuple[str, str]:
+    transcript = Transcript.of(events)
+    return transcript.reasoning, transcript.content

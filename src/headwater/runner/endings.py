@@ -38,18 +38,6 @@ def cancelled() -> Event:
     return Event(EventType.CANCELLED, {})
 
 
-def of_stored(run: Run) -> Event:
-    """The terminal event of a run that the store knows as ended."""
-    match run.state:
-        case RunState.DONE:
-            return Event(EventType.DONE, {"finish_reason": "stop"})
-        case RunState.CANCELLED:
-            return cancelled()
-        case _:
-            error = dict(run.error or {"code": "internal", "message": INTERNAL})
-            return Event(EventType.ERROR, {"retryable": False, **error})
-
-
 def ended(run: Run, end: Event, transcript: Transcript, usage: Mapping[str, Any] | None) -> Run:
     """The run as `end` leaves it; `end.at` is the moment. Raises ValueError when it had ended already."""
     state = _STATES[end.type]

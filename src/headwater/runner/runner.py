@@ -32,7 +32,7 @@ from headwater.runner.leases import Hold, LeaseKeeper, Stop
 from headwater.runner.writer import FIRST_RETRY, LAST_RETRY, nap
 from headwater.runs import Lease, Run, RunState
 from headwater.settings import Settings
-from headwater.streams.base import StreamLog
+from headwater.streams.base import Page, StreamLog
 from headwater.telemetry import Telemetry
 from headwater.transcript import Transcript
 
@@ -56,10 +56,11 @@ class Runner:
         settings: Settings,
         known: Callable[[str], Awaitable[Run | None]] | None = None,
         requeue: Callable[[Run], None] | None = None,
+        history: Callable[[str], Awaitable[Page | None]] | None = None,
     ) -> None:
         self.leases = LeaseKeeper(log, telemetry=telemetry)
         self._log = log
-        self._parts = Parts(log, pipelines, save, clock, telemetry, settings, known, requeue)
+        self._parts = Parts(log, pipelines, save, clock, telemetry, settings, known, requeue, history)
         self._draining = asyncio.Event()
         self._active: set[asyncio.Task[Run | None]] = set()
 

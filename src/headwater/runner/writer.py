@@ -72,8 +72,6 @@ class Writer:
         flush: float,
     ) -> None:
         self.hold = hold
-        #: What the log adds up to, as far as events are numbered.
-        self.transcript = Transcript.of(events)
         self._log = log
         self._run = run
         self._clock = clock
@@ -115,6 +113,11 @@ class Writer:
     def events(self) -> Sequence[Event]:
         """Every numbered event of the run, also those of earlier attempts."""
         return self._events
+
+    @property
+    def transcript(self) -> Transcript:
+        """What the run said so far, also what waits for its number because the log is away."""
+        return Transcript.of([*self._events, *(waiting.stamped(0) for waiting in self._waiting)])
 
     @property
     def full(self) -> bool:
@@ -227,7 +230,6 @@ class Writer:
             event = waiting.stamped(len(self._events) + 1)
             self._events.append(event)
             self._bytes += len(event.encode())
-            self.transcript.fold(event)
             self._spoken = self._spoken or event.type in _TEXT
         self._waiting.clear()
         self._size = 0

@@ -16,6 +16,7 @@ from headwater.overlay import Overlay
 from headwater.pipelines.base import Pipeline
 from headwater.pipelines.chat import ChatPipeline
 from headwater.queue import Dispatcher
+from headwater.replay import Replay
 from headwater.runner import Runner
 from headwater.service import running
 from headwater.settings import Settings
@@ -64,6 +65,7 @@ async def open_graph(settings: Settings, celery: Celery) -> AsyncIterator[Graph]
         stack.push_async_callback(provider.close)
         pipelines: dict[str, Pipeline] = {ChatPipeline.kind: ChatPipeline(provider, settings)}
         syncer = Syncer(journal, store, telemetry=telemetry, clock=clock)
+        overlay = Overlay(store, journal)
         dispatcher = Dispatcher(celery, telemetry=telemetry)
         runner = Runner(
             log,
@@ -72,8 +74,9 @@ async def open_graph(settings: Settings, celery: Celery) -> AsyncIterator[Graph]
             clock=clock,
             telemetry=telemetry,
             settings=settings,
-            known=Overlay(store, journal).run,
+            known=overlay.run,
             requeue=dispatcher.enqueue,
+            history=Replay(overlay.run, overlay.message).page,
         )
         sweeper = Sweeper(
             log,

@@ -31,4 +31,4 @@
     if (ratio < 4.5) poor.add(`${ratio.toFixed(2)} ${what}`);
   }
   return [...poor];
-}
+};

@@ -3,7 +3,10 @@
   const flaws = [];
   const all = (selector) => [...document.querySelectorAll(selector)];
   const pointed = (element, attribute) =>
-    (element.getAttribute(attribute) ?? "").split(" ").filter(Boolean).map((id) => document.getElementById(id));
+    (element.getAttribute(attribute) ?? "")
+      .split(" ")
+      .filter(Boolean)
+      .map((id) => document.getElementById(id));
   const name = (element) =>
     [
       element.getAttribute("aria-label"),
@@ -26,4 +29,4 @@
   for (const element of all("[aria-hidden=true]"))
     if (element.querySelector("a, button, input, textarea")) flaws.push("hidden but focusable");
   return flaws;
-}
+};

@@ -5,4 +5,4 @@
   const box = element.closest(".composer-box") !== null; // its border shows the focus
   const shown = element.checkVisibility({ opacityProperty: true, visibilityProperty: true });
   return [(ring || box || element === document.body) && shown, element.outerHTML.slice(0, 90)];
-}
+};

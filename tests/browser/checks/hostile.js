@@ -13,4 +13,4 @@
     if (element.rel !== "noopener noreferrer nofollow") found.push(element.outerHTML);
   }
   return found;
-}
+};

@@ -149,7 +149,8 @@ export class Fleet {
     const before = this.#runs.get(id);
     if (before === undefined || before.end !== null) return;
     // Without a number it is no event of the log: the server says something about the run itself.
-    if (event.seq === undefined && event.type === "error") return this.#park(id, "refused", { detail: event.message, ...event }, 404);
+    if (event.seq === undefined && event.type === "error")
+      return this.#park(id, "refused", { detail: event.message, ...event }, 404);
     const cursor = event.seq === undefined ? null : parseCursor(frame.id);
     let after = apply(before, event, cursor);
     if (after === before) return;

@@ -58,11 +58,13 @@ export function Composer({ app }) {
       <label class="visually-hidden" for="composer">Message</label>
       <textarea id="composer" ref=${field} rows="1" placeholder="Ask anything" value=${text} autocomplete="off"
         aria-describedby="composer-hint" onInput=${({ target }) => change(target.value)} onKeyDown=${onKeyDown}></textarea>
-      ${answer
-        ? html`<button key="stop" type="button" class="round stop" aria-label="Stop answering" title="Stop (Esc)"
+      ${
+        answer
+          ? html`<button key="stop" type="button" class="round stop" aria-label="Stop answering" title="Stop (Esc)"
             disabled=${stopping} onClick=${() => app.stop(answer.run_id)}><${Icon} name="stop" /></button>`
-        : html`<button key="send" type="submit" class="round" aria-label="Send" title="Send (Enter)"
-            disabled=${!text.trim() || sending}><${Icon} name="send" /></button>`}
+          : html`<button key="send" type="submit" class="round" aria-label="Send" title="Send (Enter)"
+            disabled=${!text.trim() || sending}><${Icon} name="send" /></button>`
+      }
     </div>
     <p class="hint" id="composer-hint"><kbd>Enter</kbd> sends, <kbd>Shift</kbd> <kbd>Enter</kbd> begins a line${answer && html`, <kbd>Esc</kbd> stops`}</p>
   </form>`;

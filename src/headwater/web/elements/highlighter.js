@@ -18,7 +18,22 @@ import xml from "highlight.js/xml";
 import yaml from "highlight.js/yaml";
 
 const languages = {
-  bash, c, cpp, css, diff, go, java, javascript, json, markdown, python, rust, sql, typescript, xml, yaml,
+  bash,
+  c,
+  cpp,
+  css,
+  diff,
+  go,
+  java,
+  javascript,
+  json,
+  markdown,
+  python,
+  rust,
+  sql,
+  typescript,
+  xml,
+  yaml,
 };
 for (const [name, language] of Object.entries(languages)) core.registerLanguage(name, language);
 core.configure({ throwUnescapedHTML: true });

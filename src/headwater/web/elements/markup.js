@@ -34,7 +34,9 @@ markdown.linkify.set({ fuzzyLink: false, fuzzyEmail: false });
 markdown.renderer.rules.image = (tokens, index) => {
   const token = tokens[index];
   const label = markdown.utils.escapeHtml(token.content || "image");
-  const inLink = tokens.slice(0, index).reduce((n, { type }) => n + (type === "link_open") - (type === "link_close"), 0);
+  const inLink = tokens
+    .slice(0, index)
+    .reduce((n, { type }) => n + (type === "link_open") - (type === "link_close"), 0);
   if (inLink > 0) return label;
   return `<a class="image" href="${markdown.utils.escapeHtml(token.attrGet("src"))}">${label}</a>`;
 };
@@ -84,7 +86,11 @@ function dress(pre) {
   const box = Object.assign(document.createElement("div"), { className: "code" });
   const head = Object.assign(document.createElement("div"), { className: "code-head" });
   const name = Object.assign(document.createElement("span"), { textContent: language || "text" });
-  const button = Object.assign(document.createElement("button"), { type: "button", className: "copy", textContent: "Copy" });
+  const button = Object.assign(document.createElement("button"), {
+    type: "button",
+    className: "copy",
+    textContent: "Copy",
+  });
   button.setAttribute("aria-label", `Copy ${language} code`.replace("  ", " "));
   head.append(name, button);
   pre.replaceWith(box);

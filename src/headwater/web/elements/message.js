@@ -9,7 +9,7 @@ function Thinking({ message, busy, coloured }) {
   const seconds = Math.max(1, Math.round((message.thought ?? 0) / 1000));
   const label = thinking ? "Thinking…" : message.thought === undefined ? "Reasoning" : `Thought for ${seconds} s`;
   return html`<details class="thinking" open=${open} onToggle=${({ target }) => setOpen(target.open)}>
-    <summary class=${thinking ? "shimmer" : ""}>${label}</summary>
+    <summary class=${thinking ? "busy" : ""}>${label}</summary>
     ${open && html`<${Markdown} text=${message.reasoning} finished=${!thinking} coloured=${coloured} />`}
   </details>`;
 }
@@ -97,7 +97,8 @@ export const Question = memo(function Question({ app, chatId, message, siblings,
     setEditing(false);
     app.send(text, message.parent_id);
   };
-  if (editing) return html`<${Editor} content=${message.content} onSend=${resend} onCancel=${() => setEditing(false)} />`;
+  if (editing)
+    return html`<${Editor} content=${message.content} onSend=${resend} onCancel=${() => setEditing(false)} />`;
   const unsent = message.status === "unsent";
   const local = unsent || message.status === "sending";
   const withdraw = () => {
@@ -106,16 +107,20 @@ export const Question = memo(function Question({ app, chatId, message, siblings,
   };
   return html`<article class="message question ${message.status}" aria-label="You">
     <div class="bubble">${message.content}</div>
-    ${unsent &&
-    html`<${Failure} error=${message.error} retryLabel="Send again" onRetry=${() => app.sendAgain(chatId, message)}>
+    ${
+      unsent &&
+      html`<${Failure} error=${message.error} retryLabel="Send again" onRetry=${() => app.sendAgain(chatId, message)}>
       <button type="button" class="button" onClick=${withdraw}>Edit</button>
-    <//>`}
-    ${!local &&
-    html`<div class="verbs">
+    <//>`
+    }
+    ${
+      !local &&
+      html`<div class="verbs">
       <${Branches} app=${app} chatId=${chatId} siblings=${siblings} index=${index} />
       <${CopyButton} text=${message.content} />
       ${!locked && html`<${IconButton} icon="pencil" label="Edit and send again" onClick=${() => setEditing(true)} />`}
-    </div>`}
+    </div>`
+    }
   </article>`;
 });
 
@@ -128,16 +133,18 @@ export const Answer = memo(function Answer({ app, chatId, message, siblings, ind
   return html`<article class="message answer ${message.status}" aria-label="Assistant" aria-busy=${busy}>
     ${message.reasoning && html`<${Thinking} message=${message} busy=${busy} coloured=${coloured} />`}
     ${message.content && html`<${Markdown} text=${message.content} finished=${!busy} coloured=${coloured} />`}
-    ${busy && (!message.content || message.notice || stopping) && html`<${Waiting} message=${message} stopping=${stopping} />`}
+    ${busy && (!(message.content || message.reasoning) || message.notice || stopping) && html`<${Waiting} message=${message} stopping=${stopping} />`}
     ${busy && message.content && html`<span class="caret" aria-hidden="true"></span>`}
     ${message.status === "cancelled" && html`<p class="note">You stopped this answer.</p>`}
     ${message.status === "failed" && html`<${Failure} error=${message.error} onRetry=${retry} />`}
-    ${!busy &&
-    html`<div class="verbs">
+    ${
+      !busy &&
+      html`<div class="verbs">
       <${Branches} app=${app} chatId=${chatId} siblings=${siblings} index=${index} />
       ${message.content && html`<${CopyButton} text=${message.content} />`}
       ${!locked && message.status !== "failed" && html`<${IconButton} icon="again" label="Answer again" onClick=${retry} />`}
       <span class="facts">${facts.join(" · ")}</span>
-    </div>`}
+    </div>`
+    }
   </article>`;
 });

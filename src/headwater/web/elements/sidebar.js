@@ -44,16 +44,18 @@ function ChatItem({ app, chat, onDelete, onOpen }) {
     requestAnimationFrame(() => row.current?.querySelector("a")?.focus());
   };
   return html`<li class="chat ${current ? "current" : ""}" ref=${row}>
-    ${renaming
-      ? html`<${Renamer} title=${title} onDone=${renamed} />`
-      : html`<a href=${`#/chat/${chat.id}`} aria-current=${current ? "page" : null} onClick=${onOpen}>
+    ${
+      renaming
+        ? html`<${Renamer} title=${title} onDone=${renamed} />`
+        : html`<a href=${`#/chat/${chat.id}`} aria-current=${current ? "page" : null} onClick=${onOpen}>
             <span class="title">${title}</span>
             ${mark && html`<span class="mark ${mark}" role="img" aria-label=${MARKS[mark]}></span>`}
           </a>
           <span class="chat-verbs">
             <${IconButton} icon="pencil" label=${`Rename ${title}`} onClick=${() => setRenaming(true)} />
             <${IconButton} icon="trash" label=${`Delete ${title}`} onClick=${() => onDelete(chat)} />
-          </span>`}
+          </span>`
+    }
   </li>`;
 }
 
@@ -97,7 +99,8 @@ function ChatList({ app, onDelete, onOpen }) {
 export function Sidebar({ app, open, onClose }) {
   const [deleting, setDeleting] = useState(null);
   const list = useRef(null);
-  const onScroll = ({ target }) => target.scrollHeight - target.clientHeight - target.scrollTop < 200 && app.chats.more();
+  const onScroll = ({ target }) =>
+    target.scrollHeight - target.clientHeight - target.scrollTop < 200 && app.chats.more();
   const begin = () => {
     onClose();
     app.open(null);

@@ -2,19 +2,23 @@
 import { useEffect, useRef } from "preact/hooks";
 import { html, Icon, IconButton } from "./html.js";
 
+const LAGGING = 5; // seconds
 const PARTS = { redis: "Redis", postgres: "PostgreSQL", worker: "Worker" };
 
 /** @param {{ app: import("../models/app.js").App }} props */
 export function Banners({ app }) {
   const { report, reachable } = app.health;
-  const behind = report?.parts?.journal?.backlog > 0 || report?.parts?.postgres?.ok === false;
+  // A record is always on its way for a moment; only one that waits means that the database lags.
+  const behind = report?.parts?.journal?.oldest_seconds > LAGGING || report?.parts?.postgres?.ok === false;
   const dead = Object.entries(PARTS).filter(([name]) => name !== "postgres" && report?.parts?.[name]?.ok === false);
   return html`<div class="banners" role="status">
     ${!reachable && html`<p class="banner warn">The server cannot be reached. Your chats go on as soon as it is back.</p>`}
     ${reachable && behind && html`<p class="banner warn">History is catching up: new messages are safe on disk and will be in the database soon.</p>`}
     ${reachable && dead.length > 0 && html`<p class="banner warn">${dead.map(([, name]) => name).join(" and ")} away: answers wait and go on by themselves.</p>`}
-    ${app.trouble &&
-    html`<p class="banner bad">${app.trouble.message} <${IconButton} icon="close" label="Dismiss" onClick=${() => app.dismiss()} /></p>`}
+    ${
+      app.trouble &&
+      html`<p class="banner bad">${app.trouble.message} <${IconButton} icon="close" label="Dismiss" onClick=${() => app.dismiss()} /></p>`
+    }
     ${report?.demo && html`<p class="banner demo"><b>Demo model.</b> For real answers, set <code>OPENAI_API_KEY</code> and start again.</p>`}
   </div>`;
 }

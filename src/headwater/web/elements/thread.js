@@ -91,6 +91,8 @@ export function ThreadView({ app, coloured }) {
         ${steps.length > 0 && html`<section class="conversation" aria-label="Conversation">${steps.map(draw)}</section>`}
       </div>
     </div>
-    ${away &&
-    html`<div class="jump"><button type="button" class="button" onClick=${toEnd}><${Icon} name="down" /> Jump to latest</button></div>`}`;
+    ${
+      away &&
+      html`<div class="jump"><button type="button" class="button" onClick=${toEnd}><${Icon} name="down" /> Jump to latest</button></div>`
+    }`;
 }

@@ -271,9 +271,12 @@ export class App {
 
   #heard(runId, state, event) {
     const short = runId.slice(-6);
-    if (event.type === "state") this.log.add("info", `Run ${short} ${event.state}${event.attempt > 1 ? `, attempt ${event.attempt}` : ""}.`);
-    else if (event.type === "reset") this.log.add("warn", `Run ${short} begins again: ${event.reason ?? "its log was lost"}.`);
-    else if (event.type === "log") this.log.add(event.level === "error" ? "bad" : event.level === "info" ? "info" : "warn", event.message);
+    if (event.type === "state")
+      this.log.add("info", `Run ${short} ${event.state}${event.attempt > 1 ? `, attempt ${event.attempt}` : ""}.`);
+    else if (event.type === "reset")
+      this.log.add("warn", `Run ${short} begins again: ${event.reason ?? "its log was lost"}.`);
+    else if (event.type === "log")
+      this.log.add(event.level === "error" ? "bad" : event.level === "info" ? "info" : "warn", event.message);
     else if (event.type === "progress" && event.message) this.log.add("info", `Run ${short}: ${event.message}`);
     if (state.end !== null) this.#ended(runId, state);
     this.#changed();
@@ -283,7 +286,10 @@ export class App {
     const chatId = this.#runs.get(runId);
     const title = this.chats.get(chatId)?.title ?? "another chat";
     const said = { done: "Answer finished", cancelled: "Answer stopped", failed: "The answer failed" }[state.status];
-    this.log.add(state.status === "failed" ? "bad" : "good", `Run ${runId.slice(-6)} ${state.status}. ${state.error?.message ?? ""}`);
+    this.log.add(
+      state.status === "failed" ? "bad" : "good",
+      `Run ${runId.slice(-6)} ${state.status}. ${state.error?.message ?? ""}`,
+    );
     this.announcement = chatId === this.current ? `${said}.` : `${said} in ${title}.`;
     this.#threads.get(chatId)?.ended(runId, state);
     this.#forget(runId);
@@ -303,7 +309,9 @@ export class App {
   /** The stream has nothing more of a run that has not ended for us: ask what became of it. */
   async #gone(runId, _why, problem, status) {
     if (status === 401) return signIn();
-    const task = await request("GET", `/api/task/${runId}`).catch((error) => ({ status: error.status === 404 ? "gone" : "unknown" }));
+    const task = await request("GET", `/api/task/${runId}`).catch((error) => ({
+      status: error.status === 404 ? "gone" : "unknown",
+    }));
     if (["queued", "running", "unknown", "processing"].includes(task.status)) {
       if (problem?.detail) this.log.add("warn", problem.detail);
       setTimeout(() => this.fleet.retry(runId), ASK_AGAIN);

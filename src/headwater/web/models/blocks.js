@@ -94,7 +94,8 @@ function healTable(source) {
   const columns = head.replace(/\|\s*$/, "").split("|").length - 1;
   const dashes = "|---".repeat(columns) + "|";
   if (rows.length > 0 || columns === 0) return source;
-  if (rule === undefined || /^[|:\s-]*$/.test(rule)) return rule?.split("|").length > columns + 1 ? source : `${head}\n${dashes}`;
+  if (rule === undefined || /^[|:\s-]*$/.test(rule))
+    return rule?.split("|").length > columns + 1 ? source : `${head}\n${dashes}`;
   return source;
 }
 

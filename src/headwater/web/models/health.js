@@ -54,7 +54,8 @@ export class Health {
     }
     const summary = this.reachable ? describe(this.report) : "The server cannot be reached.";
     if (summary !== this.#summary) {
-      const level = !this.reachable || this.report?.status === "down" ? "bad" : this.report?.status === "ok" ? "good" : "warn";
+      const level =
+        !this.reachable || this.report?.status === "down" ? "bad" : this.report?.status === "ok" ? "good" : "warn";
       this.#log.add(level, summary);
       this.#summary = summary;
     }
@@ -64,6 +65,6 @@ export class Health {
 
 function describe(report) {
   if (!report) return "The health of the server is not known.";
-  const away = Object.entries(report.parts ?? {}).filter(([, part]) => part?.ok === false).map(([name]) => name);
-  return `System ${report.status}${away.length ? `: ${away.join(", ")} away` : ""}.`;
+  const away = Object.entries(report.parts ?? {}).filter(([, part]) => part?.ok === false);
+  return [`System ${report.status}.`, ...away.map(([name, { detail }]) => `${name}: ${detail || "away"}`)].join(" ");
 }

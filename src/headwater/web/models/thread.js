@@ -34,7 +34,9 @@ export class Thread {
   /** Take in the server's view. What ended before our eyes stays ended, though its row may lag behind. */
   merge(messages) {
     const before = this.messages;
-    const unsent = [...before.values()].filter((message) => message.status === "sending" || message.status === "unsent");
+    const unsent = [...before.values()].filter(
+      (message) => message.status === "sending" || message.status === "unsent",
+    );
     this.messages = new Map();
     for (const message of messages) {
       const ours = before.get(message.id);
@@ -69,12 +71,26 @@ export class Thread {
     this.edits += 1;
     const at = new Date().toISOString();
     if (content !== undefined && !this.messages.has(user_message_id)) {
-      const question = { id: user_message_id, role: "user", content, parent_id: parentId, status: "done", created_at: at };
+      const question = {
+        id: user_message_id,
+        role: "user",
+        content,
+        parent_id: parentId,
+        status: "done",
+        created_at: at,
+      };
       this.messages.set(user_message_id, question);
       choose(this.choices, question);
     }
     const parent = content === undefined ? parentId : user_message_id;
-    const answer = { id: message_id, role: "assistant", content: "", parent_id: parent, run_id: task_id, created_at: at };
+    const answer = {
+      id: message_id,
+      role: "assistant",
+      content: "",
+      parent_id: parent,
+      run_id: task_id,
+      created_at: at,
+    };
     if (!this.messages.has(message_id)) this.messages.set(message_id, { ...answer, status: "processing", error: null });
     choose(this.choices, answer);
   }
@@ -92,5 +108,15 @@ export class Thread {
 export function live(state) {
   const { content, reasoning, error, notice, stage, progress, attempt } = state;
   const thought = state.thinkingTo === null ? undefined : state.thinkingTo - state.thinkingFrom;
-  return { content, reasoning, error, notice, stage, progress, attempt, thought, usage: state.end?.usage ?? state.usage };
+  return {
+    content,
+    reasoning,
+    error,
+    notice,
+    stage,
+    progress,
+    attempt,
+    thought,
+    usage: state.end?.usage ?? state.usage,
+  };
 }
