@@ -84,8 +84,12 @@ class TestKeys:
             assert await world.raw.pubsub_channels("stream:*") == [name]
             await world.log.append(lease, numbered(2, 3))
             message = await listener.get_message(timeout=5)
-        lines = [event.encode().decode() for event in numbered(2, 3)]
-        assert message["data"] == "\n".join([f"{lease.epoch} 2", *lines])
+            # Repeated with more: only what is new goes out, under its own seq.
+            await world.log.append(lease, numbered(3, 4))
+            rest = await listener.get_message(timeout=5)
+        lines = [event.encode().decode() for event in numbered(2, 4)]
+        assert message["data"] == "\n".join([f"{lease.epoch} 2", *lines[:2]])
+        assert rest["data"] == "\n".join([f"{lease.epoch} 4", *lines[2:]])
 
     async def test_a_celery_backend_reads_the_state_without_a_loop(self, world: RedisWorld) -> None:
         run = new_run()

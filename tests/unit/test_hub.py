@@ -185,6 +185,11 @@ class TestReading:
         scene.push.deliver()
         assert seqs(await take(reader, 2)) == [1, 2]
 
+    async def test_one_that_joins_others_gets_what_they_had_before(self, scene: Scene) -> None:
+        await scene.write(1, 3)
+        await scene.live()
+        assert seqs(await take(scene.join(), 3)) == [1, 2, 3]
+
     async def test_a_run_nobody_knows_yet_is_waited_for(self, scene: Scene) -> None:
         run = new_run()
         reader = scene.hub.subscribe(run.id, None)
@@ -359,6 +364,14 @@ class TestEndsAndLosses:
         await scene.log.restore(scene.lease, scene.run, numbered(1, 5))
         await scene.finish(6)
         assert seqs(await rest(reader)) == [4, 5, 6]
+
+    async def test_what_was_restored_is_read_though_nothing_follows(self, scene: Scene) -> None:
+        reader = await scene.live()
+        await scene.write(1, 3)
+        await take(reader, 3)
+        await scene.log.forget(scene.run.id)
+        await scene.log.restore(scene.lease, scene.run, numbered(1, 5))
+        assert seqs(await take(reader, 5)) == [4, 5]
 
     async def test_a_log_that_is_lost_and_begun_again_is_said(self, scene: Scene) -> None:
         reader = await scene.live()

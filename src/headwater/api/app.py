@@ -9,6 +9,8 @@ and their readers come back to another process. Without that they are cut at its
 from __future__ import annotations
 
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
@@ -67,24 +69,32 @@ class App:
             raise Unavailable("The server has not started yet.")
         await self.graph.stream(scope, receive, send, caller, run_id, request_id)
 
+    @asynccontextmanager
+    async def lifespan(self) -> AsyncIterator[None]:
+        """Make and start the parts; stop them at the end. For an application that mounts this one: a server
+        speaks the lifespan protocol with the outermost application only."""
+        try:
+            async with assemble(self.settings, self.telemetry) as self.graph:
+                self.api.state.graph = self.graph
+                yield
+                self.drain()
+        finally:
+            self.graph = None
+
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
         started = False
         try:
-            async with assemble(self.settings, self.telemetry) as self.graph:
-                self.api.state.graph = self.graph
+            async with self.lifespan():
                 started = True
                 await send({"type": "lifespan.startup.complete"})
                 await receive()
-                self.drain()
         except HeadwaterError as error:
             if started:
                 raise
             # A sentence that says what to do, instead of a traceback.
             await send({"type": "lifespan.startup.failed", "message": f"headwater cannot start: {error}"})
             return
-        finally:
-            self.graph = None
         await send({"type": "lifespan.shutdown.complete"})
 
 
