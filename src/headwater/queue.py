@@ -83,6 +83,8 @@ def _delivery(settings: Settings) -> dict[str, Any]:
         "task_publish_retry": False,
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
+        # A Redis that is full or still loading answers with an error; without this the worker ends over it.
+        "broker_channel_error_retry": True,
         "broker_connection_timeout": 3,
         "broker_pool_acquire_timeout": 5,
         "broker_transport_options": {

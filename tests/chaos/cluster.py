@@ -16,7 +16,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -93,6 +93,9 @@ class Cluster:
         self.provider_proxy = Proxy(("127.0.0.1", self.provider.port))
         self.proxies: list[Proxy] = []
         self.stack: Stack
+        #: Processes that ended although nobody ended them: a complaint each.
+        self.fallen: list[str] = []
+        self._resting: set[Process] = set()
         self._servers, self._workers = servers, workers
         self._settings = {**SETTINGS, **settings}
 
@@ -132,6 +135,8 @@ class Cluster:
             self.proxies.append(await stack.enter_async_context(proxy.run()))
         stack.push_async_callback(self.stack.stop)
         await self.stack.start()
+        supervisor = asyncio.create_task(self._supervise())
+        stack.push_async_callback(_cancelled, supervisor)
 
     @property
     def endpoints(self) -> Sequence[str]:
@@ -156,14 +161,32 @@ class Cluster:
             history.runs = [*connection.execute(_RUNS).fetchall()]
             history.messages = [*connection.execute(_MESSAGES).fetchall()]
 
-    async def whole(self) -> list[str]:
-        """Wait until every process takes work again; what is to be said about those that had ended by themselves."""
-        fallen = [process for process in self.processes if not process.running]
-        said = [f"{process.name} ended by itself with {process.exit_code}" for process in fallen]
-        for process in fallen:
-            process.launch()
+    async def whole(self) -> None:
+        """Wait until every process takes work again."""
         await asyncio.gather(*(process.ready() for process in self.processes))
-        return said
+
+    @asynccontextmanager
+    async def resting(self, *processes: Process) -> AsyncIterator[None]:
+        """Whoever ends these inside the block means it; after it they run again."""
+        self._resting.update(processes)
+        try:
+            yield
+        finally:
+            for process in processes:
+                if not process.running:
+                    process.launch()
+            self._resting.difference_update(processes)
+        await asyncio.gather(*(process.ready() for process in processes))
+
+    async def _supervise(self) -> None:
+        """Start again what fell, as whoever runs such a thing would, and note it."""
+        while True:
+            for process in self.processes:
+                if not process.running and process not in self._resting:
+                    last = "\n".join(line for line in process.log().splitlines()[-3:])
+                    self.fallen.append(f"{process.name} ended by itself with {process.exit_code}: {last}")
+                    process.launch()
+            await asyncio.sleep(0.2)
 
     async def settled(self, history: History, timeout: float) -> bool:
         """Wait until every promised run is stored with its end; whether that came within `timeout` seconds."""
@@ -184,3 +207,9 @@ class Cluster:
     def tracebacks(self) -> int:
         """How many the processes logged."""
         return sum(len(_TRACEBACK.findall(process.log_file.read_bytes())) for process in self.processes)
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task

@@ -56,26 +56,26 @@ def fault(part: str, least: float = 0.0, most: float = 0.0) -> Callable[[Callabl
 @fault("workers", 0, 3)
 async def worker_killed(cluster: Cluster, chance: random.Random) -> AsyncIterator[None]:
     worker = chance.choice(cluster.stack.workers)
-    worker.kill()
-    yield
-    await worker.start()
+    async with cluster.resting(worker):
+        worker.kill()
+        yield
 
 
 @fault("workers", 0, 3)
 async def all_workers_killed(cluster: Cluster, chance: random.Random) -> AsyncIterator[None]:
-    for worker in cluster.stack.workers:
-        worker.kill()
-    yield
-    await asyncio.gather(*(worker.start() for worker in cluster.stack.workers))
+    async with cluster.resting(*cluster.stack.workers):
+        for worker in cluster.stack.workers:
+            worker.kill()
+        yield
 
 
 @fault("workers", 0, 2)
 async def worker_terminated(cluster: Cluster, chance: random.Random) -> AsyncIterator[None]:
     worker = chance.choice(cluster.stack.workers)
-    # Fails when it does not end in time.
-    await worker.terminate()
-    yield
-    await worker.start()
+    async with cluster.resting(worker):
+        # Fails when it does not end in time.
+        await worker.terminate()
+        yield
 
 
 @fault("workers", LEASE * 1.5, LEASE * 3)
@@ -87,17 +87,17 @@ async def worker_frozen(cluster: Cluster, chance: random.Random) -> AsyncIterato
 @fault("servers", 0, 3)
 async def server_killed(cluster: Cluster, chance: random.Random) -> AsyncIterator[None]:
     server = chance.choice(cluster.stack.servers)
-    server.kill()
-    yield
-    await server.start()
+    async with cluster.resting(server):
+        server.kill()
+        yield
 
 
 @fault("servers", 0, 2)
 async def server_terminated(cluster: Cluster, chance: random.Random) -> AsyncIterator[None]:
     server = chance.choice(cluster.stack.servers)
-    await server.terminate(10)
-    yield
-    await server.start()
+    async with cluster.resting(server):
+        await server.terminate(10)
+        yield
 
 
 @fault("servers", 2, 8)

@@ -105,7 +105,7 @@ class Outcome:
         states = ", ".join(f"{count} {state}" for state, count in sorted(figures["states"].items()))
         plan = self.plan
         slowest = sorted(self.requests, key=lambda one: -one[1])[:5]
-        silence, at = figures["longest_silence"][0], figures["longest_silence"][1] / 1000
+        silence, at = figures["longest_silence"][0], figures["longest_silence"][1] / 1000 - self.wall
         lines = [
             f"seed {plan.seed}: {plan.seconds:.0f} s of faults, at most {plan.at_once} at once; {plan.clients} clients",
             f"  promises    {figures['promises']} ({states})",
@@ -115,7 +115,7 @@ class Outcome:
             f"  202 after   {_spread([took for _, took in self.requests])} s",
             f"              {_spread(self.accepted_after)} s with lost replies",
             *(f"              {took:.1f} s {self.during(began, began + took)}" for began, took in slowest),
-            f"  silence     {silence:.1f} s at most inside a run {self.during(at - self.wall, at - self.wall + silence)}",
+            f"  silence     {silence:.1f} s at most inside a run {self.during(at, at + silence)}",
             f"  settled     {self.settled_after:.1f} s after the last fault was mended",
             f"  tracebacks  {self.tracebacks} in the logs",
             f"  violations  {len(self.violations)}",
@@ -151,7 +151,7 @@ async def play(plan: Plan) -> Outcome:
         finally:
             world.over.set()
             await _end([*people, *world.tasks])
-        history.complaints += [blow.failure for blow in nemesis.blows if blow.failure]
+        history.complaints += [*cluster.fallen, *(blow.failure for blow in nemesis.blows if blow.failure)]
         outcome = Outcome(
             plan=plan,
             history=history,
@@ -181,7 +181,7 @@ async def _settle(cluster: Cluster, world: World, people: Iterable[asyncio.Task[
     end = time.monotonic() + timeout
     with suppress(TimeoutError, AssertionError):
         async with asyncio.timeout_at(asyncio.get_running_loop().time() + timeout):
-            world.history.complaints += await cluster.whole()
+            await cluster.whole()
             await asyncio.wait(people)
             await cluster.settled(world.history, max(1.0, end - time.monotonic()))
             while world.tasks and not all(task.done() for task in world.tasks):

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from celery import Celery
+from celery.bin.celery import celery as command
 
 from headwater.queue import make_celery
 from headwater.settings import Settings, load_settings
@@ -18,6 +19,7 @@ from headwater.worker.runtime import Runtimes
 def create_app(settings: Settings) -> Celery:
     """A Celery app that can execute runs. One per process: Celery's signals belong to the process."""
     app = make_celery(settings)
+    app.conf.worker_consumer = "headwater.worker.consumer:LastingConsumer"
     runtimes = Runtimes(settings, app)
     tasks.register(app, runtimes)
     hooks.connect(settings, runtimes)
@@ -52,4 +54,7 @@ def main(
     ]
     if queues:
         arguments.append(f"--queues={','.join(queues)}")
-    sys.exit(create_app(settings).start([*arguments, *extra_args]))
+    app = create_app(settings)
+    # What Celery.start does, except that it forgets the exit code: a worker that fell would look like one that ended.
+    command.params[0].default = app
+    sys.exit(command.main(args=[*arguments, *extra_args], standalone_mode=False))
