@@ -123,8 +123,11 @@ class Settings(BaseSettings):
         200, alias="HEADWATER_MAX_STREAMS", gt=0, description="Open streams per owner and server process."
     )
     worker_pool: str = Field("threads", alias="HEADWATER_WORKER_POOL", description="Celery pool: threads or prefork.")
-    worker_concurrency: int = Field(
-        64, alias="HEADWATER_WORKER_CONCURRENCY", gt=0, description="Runs at once per worker."
+    worker_concurrency: int | None = Field(
+        None,
+        alias="HEADWATER_WORKER_CONCURRENCY",
+        gt=0,
+        description="Runs at once per worker. Default: 64, and with prefork, where each takes a process, two per core.",
     )
     db_pool_size: int = Field(
         5, alias="HEADWATER_DB_POOL_SIZE", gt=0, description="PostgreSQL connections per process."
@@ -164,6 +167,13 @@ class Settings(BaseSettings):
     @property
     def journal_file(self) -> Path:
         return self.journal_path or self.data_dir / "journal.db"
+
+    @property
+    def concurrency(self) -> int:
+        """Runs at once per worker."""
+        if self.worker_concurrency is not None:
+            return self.worker_concurrency
+        return 2 * (os.cpu_count() or 1) if self.worker_pool == "prefork" else 64
 
     @property
     def demo(self) -> bool:

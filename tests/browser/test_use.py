@@ -211,6 +211,8 @@ async def test_the_demo_model_says_that_it_is_one(visit: Visit, make_stack: Stac
     await expect(banner).to_contain_text("OPENAI_API_KEY")
     await visitor.ask("Hello")
     await expect(visitor.answer).not_to_be_empty()
+    await visitor.stop()
+    await visitor.finished()
 
 
 async def test_a_database_that_is_away_is_said(visit: Visit, make_stack: StackMaker) -> None:
@@ -218,7 +220,7 @@ async def test_a_database_that_is_away_is_said(visit: Visit, make_stack: StackMa
     visitor = await visit(stack)
     assert stack.postgres_server is not None
     stack.postgres_server.stop()
-    await expect(visitor.page.locator(".banner.warn")).to_contain_text("History is catching up", timeout=30_000)
+    await expect(visitor.page.get_by_text("History is catching up")).to_be_visible(timeout=30_000)
 
 
 async def test_less_motion_is_respected(visit: Visit) -> None:

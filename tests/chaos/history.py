@@ -179,7 +179,8 @@ def _reader_is_exact(reader: Reader) -> Iterable[Violation]:
         if event.seq == 0:
             if event.type != "reset":
                 yield Violation("exact", f"{who} saw a {event.type} without a number")
-            epoch, expected, terminals = event.epoch, 1, 0
+            # Nothing is shown any more, so whatever log follows is told from its start.
+            epoch, expected, terminals = None, 1, 0
             continue
         if epoch is not None and event.epoch != epoch:
             yield Violation("loss is said", f"{who} went from epoch {epoch} to {event.epoch} without a reset")

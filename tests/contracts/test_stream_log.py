@@ -10,7 +10,7 @@ import pytest
 from headwater.errors import Fenced, LeaseHeld, LogClosed, LogLost
 from headwater.events import Cursor, Event, EventType
 from headwater.runs import RunState
-from headwater.streams.base import Appended, Renewed, StreamLog
+from headwater.streams.base import PAGE_BYTES, Appended, Renewed, StreamLog
 from support.streams import MemoryWorld, RedisWorld, World, end, new_run, numbered, seqs, texts
 
 #: Seconds; short enough to wait for on a real server.
@@ -555,6 +555,17 @@ class TestReading:
         page = await world.log.read(run.id, after, limit)
         assert page is not None
         assert (seqs(page.events), page.epoch, page.count, page.closed) == (got, lease.epoch, 5, False)
+
+    async def test_a_page_of_large_events_ends_early_but_never_without_any(self, world: World) -> None:
+        run = new_run()
+        large = texts(1, *("x" * (PAGE_BYTES // 4) for _ in range(10)), "y" * PAGE_BYTES * 2, "z")
+        await world.log.append(await world.log.claim(run, "worker"), large)
+        sizes, after = [], 0
+        while (page := await world.log.read(run.id, after, 100)) is not None and page.events:
+            sizes.append(len(page.events))
+            after = page.events[-1].seq
+        assert sizes == [4, 4, 3, 1]
+        assert await world.events(run.id) == large
 
     async def test_a_log_that_was_begun_again_says_another_epoch(self, world: World) -> None:
         run = new_run()

@@ -64,8 +64,10 @@ class World(ABC):
     async def close(self) -> None: ...
 
     async def events(self, run_id: str) -> list[Event]:
-        page = await self.log.read(run_id, 0, 100_000)
-        return list(page.events) if page is not None else []
+        events: list[Event] = []
+        while (page := await self.log.read(run_id, len(events), 10_000)) is not None and page.events:
+            events += page.events
+        return events
 
     async def written(self, run: Run, count: int, holder: str = "worker") -> Lease:
         """A claimed run with `count` events."""

@@ -99,7 +99,7 @@ def worker(
     start_logging(settings, parent)
     from headwater.worker.app import create_app
 
-    arguments = ["worker", f"--pool={settings.worker_pool}", f"--concurrency={settings.worker_concurrency}"]
+    arguments = ["worker", f"--pool={settings.worker_pool}", f"--concurrency={settings.concurrency}"]
     # The workers need not know each other, and asking around delays each start by a second.
     arguments += ["--without-mingle", "--without-gossip"]
     # JSON is all it accepts, and a container or a root shell is the user's own choice.

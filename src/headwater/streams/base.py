@@ -32,6 +32,8 @@ ENDS: Final[Mapping[EventType, RunState]] = {
 }
 #: Seconds the log of a run that has not ended stays at least, however short the TTL of an ended one is.
 LIVE_TTL: Final = 86_400
+#: Bytes of events after which a page ends, so that what a reader holds is bounded however large events are.
+PAGE_BYTES: Final = 262_144
 
 
 def new_epoch() -> str:
@@ -168,7 +170,10 @@ class StreamLog(ABC):
 
     @abstractmethod
     async def read(self, run_id: str, after: int, limit: int) -> Page | None:
-        """At most `limit` events with a seq above `after`, at one moment. None when there is no log."""
+        """At most `limit` events with a seq above `after`, at one moment. None when there is no log.
+
+        A page ends early after PAGE_BYTES, but never before its first event: go on until it reached `count`.
+        """
 
     @abstractmethod
     async def due(self, limit: int) -> list[Due]:

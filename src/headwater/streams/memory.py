@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final
 
 from headwater.clock import Clock, SystemClock
@@ -17,6 +18,7 @@ from headwater.runs import Lease, Run, RunState
 from headwater.streams.base import (
     ENDS,
     LIVE_TTL,
+    PAGE_BYTES,
     Appended,
     Due,
     Feed,
@@ -176,7 +178,14 @@ class MemoryStreamLog(StreamLog):
         log = self._find(run_id)
         if log is None:
             return None
-        return Page(log.epoch, log.events[after : after + limit], len(log.events), log.status.terminal)
+        events: list[Event] = []
+        size = 0
+        for event in islice(log.events, after, after + limit):
+            events.append(event)
+            size += len(event.encode())
+            if size >= PAGE_BYTES:
+                break
+        return Page(log.epoch, events, len(log.events), log.status.terminal)
 
     async def due(self, limit: int) -> list[Due]:
         now = self._clock.now_ms()

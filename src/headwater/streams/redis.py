@@ -28,7 +28,19 @@ from headwater.errors import Fenced, LeaseHeld, LogClosed, LogLost, LogUnavailab
 from headwater.events import Event
 from headwater.runs import Lease, Run, RunState
 from headwater.streams import keys
-from headwater.streams.base import ENDS, LIVE_TTL, Appended, Due, Feed, Meta, Page, Renewed, StreamLog, new_epoch
+from headwater.streams.base import (
+    ENDS,
+    LIVE_TTL,
+    PAGE_BYTES,
+    Appended,
+    Due,
+    Feed,
+    Meta,
+    Page,
+    Renewed,
+    StreamLog,
+    new_epoch,
+)
 from headwater.streams.feed import RedisFeed
 
 #: Seconds to connect, to wait for one answer, and for a call with all its tries.
@@ -177,7 +189,7 @@ class RedisStreamLog(StreamLog):
         return [_meta(run_id, now, values) for run_id, values in zip(run_ids, replies, strict=True)]
 
     async def read(self, run_id: str, after: int, limit: int) -> Page | None:
-        asked = self._scripts.read(keys.metadata(run_id), keys.chunks(run_id), after, limit)
+        asked = self._scripts.read(keys.metadata(run_id), keys.chunks(run_id), after, limit, PAGE_BYTES)
         (reply,) = await self._send(asked)
         epoch, status, written, count, raws = reply
         if epoch is None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 from celery import Celery
-from celery.bin.celery import celery as command
 
 from headwater.queue import make_celery
 from headwater.settings import Settings, load_settings
@@ -36,25 +33,3 @@ def __getattr__(name: str) -> Any:
     if name == "app":
         return _app()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def main(
-    settings: Settings,
-    pool: str | None = None,
-    concurrency: int | None = None,
-    queues: Sequence[str] = (),
-    extra_args: Sequence[str] = (),
-) -> None:
-    """Run a worker in this process until it is stopped. Does not return: exits with Celery's exit code."""
-    arguments = [
-        "worker",
-        f"--pool={pool or settings.worker_pool}",
-        f"--concurrency={concurrency or settings.worker_concurrency}",
-        f"--loglevel={'DEBUG' if settings.debug else 'INFO'}",
-    ]
-    if queues:
-        arguments.append(f"--queues={','.join(queues)}")
-    app = create_app(settings)
-    # What Celery.start does, except that it forgets the exit code: a worker that fell would look like one that ended.
-    command.params[0].default = app
-    sys.exit(command.main(args=[*arguments, *extra_args], standalone_mode=False))

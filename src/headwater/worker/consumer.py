@@ -1,8 +1,16 @@
-"""Celery's consumer, with one hole mended: a worker must outlive a broker that went away under it."""
+"""Celery's consumer, mended: a worker outlives a broker that goes away while runs are under way.
+
+kombu keeps the messages of unfinished tasks. When the connection breaks, Celery takes it apart, and
+kombu then still wants to use what was taken apart: to give those messages back, and to acknowledge
+them when their tasks end. Both raise AttributeError (kombu 5.7), which Celery takes for a fault of
+its own and ends the worker with every run it holds. Neither is needed here: the runs go on, and one
+that does not is found by its lease.
+"""
 
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from celery.worker.consumer import Consumer
 
@@ -10,14 +18,16 @@ logger = logging.getLogger(__name__)
 
 
 class LastingConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
-    """Reconnects whatever the clean-up of the broken connection comes to."""
+    """Reconnects in those cases too."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        # What an acknowledgement over a broken connection may raise: logged, and the worker goes on.
+        self.connection_errors = (*self.connection_errors, AttributeError)
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """Take the broken connection apart; Celery reconnects afterwards."""
         try:
             super().on_connection_error_after_connected(exc)
         except AttributeError as error:
-            # With runs under way, kombu wants to give their messages back over the connection that Celery has taken
-            # apart just before (kombu 5.7), and that would end the worker with every run it holds. The
-            # messages need no giving back: the runs go on here, and one that does not is found by its lease.
             logger.warning("The broken connection to the broker is left as it is: %r", error)

@@ -1,7 +1,8 @@
-/** How the system is: asked every ten seconds while somebody looks at the page. */
+/** How the system is: asked every ten seconds while somebody looks at the page, more often while it is ill. */
 import { request } from "./api.js";
 
 const EVERY = 10_000; // ms
+const WHILE_ILL = 3_000; // ms
 const ENTRIES = 300; // lines of the system log
 
 /** The last things that happened, for the system log. */
@@ -35,12 +36,13 @@ export class Health {
     this.#changed = changed;
   }
 
-  watch() {
-    clearInterval(this.#timer);
-    this.#timer = null;
+  /** Begin, or stop while the page is hidden. */
+  async watch() {
+    clearTimeout(this.#timer);
     if (document.hidden) return;
-    this.#timer = setInterval(() => this.check(), EVERY);
-    this.check();
+    await this.check();
+    clearTimeout(this.#timer); // another call may have come this far meanwhile
+    this.#timer = setTimeout(() => this.watch(), this.report?.status === "ok" ? EVERY : WHILE_ILL);
   }
 
   async check() {
