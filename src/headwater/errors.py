@@ -16,7 +16,10 @@
     ├── Unavailable              a part is away; trying again later helps
     │   ├── StoreUnavailable     503  PostgreSQL
     │   ├── LogUnavailable       503  Redis
-    │   └── JournalUnavailable   507  the local disk
+    │   └── JournalUnavailable   503  the local disk
+    │       ├── JournalFull      507
+    │       ├── JournalBusy      503
+    │       └── JournalDamaged   503
     ├── RecordRefused            data that PostgreSQL or the journal can never keep
     ├── LogRefused               an append or a claim that must not happen
     │   ├── Fenced               a newer attempt owns the run
@@ -119,6 +122,11 @@ class ChatBusy(RequestError):
     status = 409
     title = "This chat is still answering"
 
+    def __init__(self, task_id: str) -> None:
+        super().__init__(
+            "This chat is still answering. Wait for the answer or stop it, then send again.", task_id=task_id
+        )
+
 
 class KeyReused(RequestError):
     """The Idempotency-Key was used with another body. Use a new key for a new message."""
@@ -172,11 +180,36 @@ class LogUnavailable(Unavailable):
 
 
 class JournalUnavailable(Unavailable):
-    """The journal cannot be written: the disk is full or the file is damaged. Free space, then retry."""
+    """The journal cannot be used, so nothing can be accepted. The message says why and what to do; `code` is one of
+    `journal_unwritable`, `journal_moved`, `journal_foreign`, `journal_newer`, `journal_sqlite`, `journal_closed`,
+    `journal_failed`, or that of a class below."""
+
+    code = "journal_failed"
+    title = "The journal cannot be used"
+
+
+class JournalFull(JournalUnavailable):
+    """The disk under the journal is full. Free space, then send again."""
 
     code = "storage_full"
     status = 507
     title = "There is no room to keep the message"
+
+
+class JournalBusy(JournalUnavailable):
+    """Another process holds the journal's file for too long. Send again; when it stays so, see who has it open."""
+
+    code = "journal_busy"
+    title = "The journal is held by another process"
+
+
+class JournalDamaged(JournalUnavailable):
+    """The journal's file is damaged and left as it is. See `headwater journal status`, then
+    `headwater journal salvage`."""
+
+    code = "journal_damaged"
+    title = "The journal is damaged"
+    retryable = False
 
 
 class RecordRefused(HeadwaterError):

@@ -127,6 +127,20 @@ class Overlay:
             return ahead
         return row if ahead is None else newer_run(ahead, row)
 
+    async def unfinished(self, *, older_than: float, limit: int) -> Sequence[Run]:
+        """Runs that are queued or running for longer than `older_than` seconds.
+
+        While PostgreSQL is away, those of them that this host took since: they need not wait for its
+        return. Raises StoreUnavailable when there is none.
+        """
+        try:
+            return await self._store.runs.unfinished(older_than=older_than, limit=limit)
+        except StoreUnavailable:
+            records = await self._journal.unfinished(older_than=older_than, limit=limit)
+            if not records:
+                raise
+            return list(Facts.of(records).runs.values())
+
     async def message(self, message_id: str) -> Message | None:
         """Raises StoreUnavailable when only PostgreSQL could know it and is away."""
         ahead = (await self.facts(row_id=message_id)).messages.get(message_id)

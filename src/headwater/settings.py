@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from headwater.errors import SettingsError
@@ -139,6 +139,13 @@ class Settings(BaseSettings):
         description="Seconds a request waits for PostgreSQL before going on without.",
     )
 
+    failpoint: str | None = Field(
+        None,
+        alias="HEADWATER_FAILPOINT",
+        description="For tests of recovery, with DEBUG only: the process ends as by SIGKILL at this step, `NAME` or "
+        "`NAME:N` for the N-th time. The [steps](metrics.md).",
+    )
+
     @field_validator("allowed_hosts", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
@@ -163,6 +170,12 @@ class Settings(BaseSettings):
         if value is not None and len(value.get_secret_value()) < 16:
             raise ValueError("needs 16 characters or more; `openssl rand -hex 24` makes one")
         return value
+
+    @model_validator(mode="after")
+    def _no_failpoint_in_earnest(self) -> Settings:
+        if self.failpoint is not None and not self.debug:
+            raise ValueError("HEADWATER_FAILPOINT ends the process on purpose and needs DEBUG=1; unset it")
+        return self
 
     @property
     def journal_file(self) -> Path:

@@ -14,7 +14,7 @@ from typing import Final
 
 from headwater.clock import Clock
 from headwater.errors import JournalUnavailable, RecordRefused, StoreUnavailable, Unavailable
-from headwater.journal import Entry, Journal, Key
+from headwater.journal import Alone, Entry, Journal, Key
 from headwater.records import Record
 from headwater.service import Service
 from headwater.store import Store
@@ -49,18 +49,22 @@ class Syncer(Service):
         #: Who waits, by the last position of what they saved.
         self._waiting: dict[asyncio.Future[None], int] = {}
 
-    async def save(self, records: Sequence[Record], *, wait: float = 1.0, key: Key | None = None) -> Key | None:
+    async def save(
+        self, records: Sequence[Record], *, wait: float = 1.0, key: Key | None = None, alone: Alone | None = None
+    ) -> Key | None:
         """Make records durable, then wait at most `wait` seconds until PostgreSQL has them.
 
         With `wait` 0, or while PostgreSQL is away, it does not wait at all. Returns the earlier Key
         if `key` was used before; then nothing was saved. Raises JournalUnavailable and
-        RecordRefused; never StoreUnavailable, for what is in the journal will arrive.
+        RecordRefused, and ChatBusy when a run has begun since `alone` was looked at; never
+        StoreUnavailable, for what is in the journal will arrive.
 
         Inside a turn of the same chat, call it with `wait` 0: the turn's lock holds off the syncer.
         """
-        added = await self._journal.add(records, key)
+        added = await self._journal.add(records, key, alone)
         if not added.positions:
             return added.earlier
+        self._telemetry.step("save.journalled")
         self._wake.set()
         if wait > 0 and not self.away and self.started.is_set():
             await self._stored(added.positions[-1], wait)
@@ -136,9 +140,11 @@ class Syncer(Service):
             await self._mark(entries)
 
     async def _mark(self, entries: Sequence[Entry]) -> None:
+        self._telemetry.step("sync.applied")
         # Answered before the mark is on the disk: without it the records are applied once more, which changes nothing.
         self._release(entries[-1].position)
         await self._journal.mark_synced([entry.position for entry in entries])
+        self._telemetry.step("sync.marked")
         self._applied += len(entries)
         self._telemetry.count("headwater_synced_total", len(entries))
 

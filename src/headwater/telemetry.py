@@ -1,16 +1,23 @@
-"""Telemetry: every metric there is, in one table. `docs/reference/metrics.md` is made from it.
+"""Telemetry: every metric and every step there is, in two tables. `docs/reference/metrics.md` is made from them.
 
-A part gets a `Telemetry` as an argument and speaks by name; a name that is not in the table is a
-programming error and raises. Tests wait on the same names instead of sleeping.
+A part gets a `Telemetry` as an argument and speaks by name; a name that is not in the tables is a
+programming error and raises. Tests wait on the same names instead of sleeping, and crash a process
+at a step by name.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from headwater.errors import SettingsError
+
+logger = logging.getLogger(__name__)
 
 #: Seconds; from the quick step inside a process to a whole answer.
 _SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -58,6 +65,36 @@ METRICS: Final[tuple[Metric, ...]] = (
     Metric("headwater_up", "gauge", "1 when a part answers its health check.", ("part",)),
 )
 
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A place between two effects, where a crash leaves the first done and the second not."""
+
+    name: str
+    #: The process that comes here, and need not come back.
+    where: Literal["server", "worker"]
+    help: str
+
+
+STEPS: Final[tuple[Step, ...]] = (
+    Step("accept.planned", "server", "A message is checked; nothing is written yet."),
+    Step("accept.journalled", "server", "It is in the journal; PostgreSQL has not committed it."),
+    Step("accept.stored", "server", "PostgreSQL has committed it; Redis does not know the run."),
+    Step("accept.announced", "server", "Redis knows the run; it is not handed to Celery."),
+    Step("accept.enqueued", "server", "It is handed to Celery, as far as it got; the caller has no reply."),
+    Step("cancel.flagged", "server", "Redis has a cancel's flag; the journal has not noted it."),
+    Step("cancel.noted", "server", "The journal has noted a cancel; the caller has no reply."),
+    Step("claim.claimed", "worker", "A worker holds the lease; no row says so."),
+    Step("claim.saved", "worker", "The row says that the run is running."),
+    Step("save.journalled", "worker", "Rows of a run are in the journal; PostgreSQL has not got them."),
+    Step("finish.written", "worker", "Every event but the last is in the log; the answer is not saved."),
+    Step("finish.saved", "worker", "The answer is saved; its terminal event is not written."),
+    Step("finish.told", "worker", "The terminal event is written; Celery's message is not acknowledged."),
+    Step("sync.applied", "worker", "PostgreSQL has a batch of records; the journal does not know."),
+    Step("sync.marked", "worker", "The journal knows that PostgreSQL has them."),
+)
+_STEPS: Final = frozenset(step.name for step in STEPS)
+
 Listener = Callable[[str, float, dict[str, str]], None]
 
 
@@ -76,8 +113,14 @@ class Telemetry:
         return kind(metric.name, metric.help, metric.labels, registry=self.registry)
 
     def listen(self, listener: Listener) -> None:
-        """Hear of every count, gauge and observation: `listener(name, value, labels)`. For tests and monitors."""
+        """Hear of every count, gauge, observation and step: `listener(name, value, labels)`. For tests and monitors."""
         self._listeners.append(listener)
+
+    def step(self, name: str) -> None:
+        """A step of the table is reached. Costs nothing unless somebody listens."""
+        if name not in _STEPS:
+            raise KeyError(name)
+        self._tell(name, 1, {})
 
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
         self._of(name, labels).inc(amount)
@@ -102,3 +145,29 @@ class Telemetry:
     def _tell(self, name: str, value: float, labels: dict[str, str]) -> None:
         for listener in self._listeners:
             listener(name, value, labels)
+
+
+def arm(telemetry: Telemetry, failpoint: str | None) -> None:
+    """Let this process end as by SIGKILL when it comes to a step; `name:n` means the n-th time.
+
+    To show that a crash there loses nothing and doubles nothing. Raises SettingsError for a step that
+    does not exist.
+    """
+    if failpoint is None:
+        return
+    name, _, nth = failpoint.partition(":")
+    if name not in _STEPS or not (nth or "1").isdigit():
+        names = ", ".join(step.name for step in STEPS)
+        raise SettingsError(f"HEADWATER_FAILPOINT={failpoint} is not NAME or NAME:N. Names: {names}.")
+    left = int(nth or "1")
+
+    def crash(heard: str, _value: float, _labels: dict[str, str]) -> None:
+        nonlocal left
+        if heard == name:
+            left -= 1
+            if left == 0:
+                logger.critical("This process ends at its failpoint %s", failpoint)
+                # Not an exception: nothing may be cleaned up, flushed or told.
+                os._exit(137)
+
+    telemetry.listen(crash)

@@ -22,12 +22,15 @@ from typing import Any, Final
 
 import aiohttp
 import psycopg
+import redis.asyncio
 from psycopg.rows import dict_row
 
 from chaos.history import History
 from chaos.proxy import Proxy
 from headwater.dev.child import Child
 from headwater.dev.services import free_port
+from headwater.queue import CHAT_QUEUE
+from headwater.streams import keys
 from support.own_postgres import OwnPostgres
 from support.own_redis import OwnRedis
 from support.stack import Process, Stack
@@ -203,6 +206,28 @@ class Cluster:
         except AssertionError:
             return False
         return True
+
+    async def autopsy(self, history: History) -> dict[str, Any]:
+        """What Redis and the servers say of the runs that have not ended, for whoever looks for the cause."""
+        found: dict[str, Any] = {}
+        client: Any = redis.asyncio.Redis.from_url(self.redis.url(), socket_timeout=5, decode_responses=True)
+        async with client:
+            for row in history.runs:
+                if row["state"] in {"queued", "running"}:
+                    found[row["id"]] = {
+                        "row": dict(row),
+                        "metadata": await client.hgetall(keys.metadata(row["id"])),
+                        "due": await client.zscore(keys.DUE, row["id"]),
+                    }
+            found["time"] = await client.time()
+            found["queues"] = {name: await client.llen(name) for name in (CHAT_QUEUE, "jobs", "maintenance")}
+            found["unacked"] = await client.hkeys("unacked")
+            found["clients"] = [one["name"] for one in await client.client_list()]
+        async with aiohttp.ClientSession() as http:
+            for server in self.stack.servers:
+                async with http.get(f"{server.base_url}/api/health") as answer:
+                    found[server.name] = await answer.json()
+        return found
 
     def tracebacks(self) -> int:
         """How many the processes logged."""

@@ -166,7 +166,7 @@ async def play(plan: Plan) -> Outcome:
             figures=summary(history),
         )
         if outcome.violations:
-            outcome.kept = _keep(plan, cluster.folder, history, outcome)
+            outcome.kept = _keep(plan, cluster.folder, history, outcome, await cluster.autopsy(history))
     return outcome
 
 
@@ -201,10 +201,11 @@ async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
             raise result
 
 
-def _keep(plan: Plan, folder: Path, history: History, outcome: Outcome) -> Path:
+def _keep(plan: Plan, folder: Path, history: History, outcome: Outcome, autopsy: dict[str, Any]) -> Path:
     kept = plan.keep / f"seed-{plan.seed}-{time.strftime('%H%M%S')}"
     kept.mkdir(parents=True, exist_ok=True)
     (kept / "history.json").write_text(json.dumps(history.to_json(), ensure_ascii=False))
+    (kept / "autopsy.json").write_text(json.dumps(autopsy, indent=1))
     (kept / "report.txt").write_text(f"{outcome.report()}\n\n{outcome.timeline()}\n")
     for log in folder.glob("*.log"):
         shutil.copy(log, kept / log.name)

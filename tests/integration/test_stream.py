@@ -200,16 +200,18 @@ async def test_a_reader_that_takes_nothing_slows_nobody_and_is_cut_off(
     tmp_path: Path, redis_url: str, database_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with serving(settings_for(tmp_path, redis_url, database_url)) as api:
-        api.graph.streams.send_timeout = 0.5
+        api.graph.streams.send_timeout = 2
         run_id, lease = await begin(api, "a")
         deaf = deaf_reader(api, f"/api/stream/{run_id}")
         try:
             await eventually(lambda: len(api.graph.streams) == 1)
             async with stream(api, f"/api/stream/{run_id}") as reader:
+                # Reads all the while: a healthy reader must not look like a deaf one.
+                rest = asyncio.create_task(reader.rest())
                 for seq in range(2, 202):
                     await api.say(lease, seq, content("x" * 40_000))
                 await api.say(lease, 202, done())
-                assert [frame["seq"] for frame in frames(await reader.rest())] == list(range(1, 203))
+                assert [frame["seq"] for frame in frames(await rest)] == list(range(1, 203))
             await eventually(lambda: len(api.graph.streams) == 0)
         finally:
             deaf.close()

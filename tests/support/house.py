@@ -148,7 +148,7 @@ async def make_house(
         asked,
     )
     try:
-        async with running(syncer, runner.leases):
+        async with running(syncer, runner.leases, intake.stops):
             yield house
             await house.leave()
     finally:

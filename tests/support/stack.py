@@ -69,6 +69,11 @@ class Process:
         """What its present life has written."""
         return self.log_file.read_bytes()[self._begins :].decode(errors="replace") if self.log_file.exists() else ""
 
+    def change(self, **settings: str | None) -> None:
+        """Settings of its further lives; None takes one away."""
+        merged: dict[str, str | None] = {**self._environment, **settings}
+        self._environment = {name: value for name, value in merged.items() if value is not None}
+
     def launch(self) -> None:
         """Start it and return at once."""
         assert not self.running, f"{self.name} runs already"

@@ -137,7 +137,7 @@ async def test_the_first_bytes_are_a_retry_and_headers_that_keep_proxies_from_ho
     assert reader.headers[b"x-accel-buffering"] == b"no"
     assert reader.headers[b"x-content-type-options"] == b"nosniff"
     assert reader.headers[b"x-request-id"] == b"request-1"
-    assert 1000 <= int(reader.body.split(b"\n")[0].removeprefix(b"retry: ")) <= 3000
+    assert 500 <= int(reader.body.split(b"\n")[0].removeprefix(b"retry: ")) <= 1500
     reader.gone.set()
     await reader.read()
 

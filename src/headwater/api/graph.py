@@ -35,7 +35,7 @@ from headwater.store import Store
 from headwater.streams.base import Page, StreamLog
 from headwater.sweeper import BATCH, Sweeper
 from headwater.syncer import Syncer
-from headwater.telemetry import Telemetry
+from headwater.telemetry import Telemetry, arm
 from headwater.transports.base import Read, Streams
 from headwater.transports.poll import Poll
 from headwater.transports.sse import StreamEndpoint
@@ -103,6 +103,7 @@ class _Common(TypedDict):
 async def assemble(settings: Settings, telemetry: Telemetry) -> AsyncIterator[Graph]:
     """Make the parts and start those that run. Raises SettingsError and JournalUnavailable."""
     clock = SystemClock()
+    arm(telemetry, settings.failpoint)
     async with AsyncExitStack() as stack:
         servers = await _servers(settings, telemetry, clock, stack)
         log, store, journal = servers.log, servers.store, servers.journal
@@ -135,7 +136,7 @@ async def assemble(settings: Settings, telemetry: Telemetry) -> AsyncIterator[Gr
         # Here as well as in the workers: runs are taken over also when the only worker was restarted.
         sweeper = Sweeper(
             log,
-            unfinished=partial(store.runs.unfinished, older_than=settings.queue_grace, limit=BATCH),
+            unfinished=partial(overlay.unfinished, older_than=settings.queue_grace, limit=BATCH),
             enqueue=dispatcher.enqueue,
             repair=runner.repair,
             clock=clock,
@@ -149,7 +150,7 @@ async def assemble(settings: Settings, telemetry: Telemetry) -> AsyncIterator[Gr
         stack.push_async_callback(checkup.close)
         open_streams = Streams(limit=settings.max_streams, telemetry=telemetry)
         stack.callback(open_streams.close)
-        await stack.enter_async_context(running(syncer, dispatcher, hub, sweeper, _FirstLook(checkup)))
+        await stack.enter_async_context(running(syncer, dispatcher, intake.stops, hub, sweeper, _FirstLook(checkup)))
         read = servers.reader(replay)
         yield Graph(
             **common,

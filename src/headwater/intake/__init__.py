@@ -63,8 +63,9 @@ class Intake:
         parts = Parts(store, journal, overlay, save, log, enqueue, settle, pipelines, clock, telemetry, settings, away)
         locks = Locks()
         self._turns = Turns(parts, locks)
-        self._stops = Stops(parts)
-        self._chats = ChatVerbs(parts, locks, self._stops)
+        #: To be started beside it: keeps the cancels that were promised.
+        self.stops = Stops(parts)
+        self._chats = ChatVerbs(parts, locks, self.stops)
 
     async def create_chat(self, caller: Caller, *, title: str | None = None, key: str | None = None) -> Chat:
         """A new chat; without a title it gets one from its first message. The same `key` gives the same chat.
@@ -106,5 +107,8 @@ class Intake:
         return await self._turns.regenerate(caller, chat_id, message_id, key=key)
 
     async def cancel(self, caller: Caller, run_id: str) -> Stopped:
-        """Stop a run; of one that has ended, tell how it did. Raises NotFound, LogUnavailable."""
-        return await self._stops.cancel(caller, run_id)
+        """Stop a run; of one that has ended, tell how it did.
+
+        Raises NotFound, JournalUnavailable, and StoreUnavailable when nobody is there who knows the run.
+        """
+        return await self.stops.cancel(caller, run_id)

@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 
 from headwater.clock import Clock
 from headwater.events import Event
-from headwater.journal import Journal, Key
+from headwater.journal import Alone, Journal, Key
 from headwater.overlay import Overlay
 from headwater.pipelines.base import Pipeline
 from headwater.queue import Enqueue
@@ -31,10 +31,13 @@ LOG_WAIT: Final = 0.3
 
 
 class Save(Protocol):
-    """Journal, then wait at most `wait` seconds for PostgreSQL. Returns the earlier holder of `key`, if any."""
+    """Journal, then wait at most `wait` seconds for PostgreSQL. Returns the earlier holder of `key`, if any.
+
+    Raises ChatBusy when a run has begun since `alone` was looked at.
+    """
 
     def __call__(
-        self, records: Sequence[Record], *, wait: float = 1.0, key: Key | None = None
+        self, records: Sequence[Record], *, wait: float = 1.0, key: Key | None = None, alone: Alone | None = None
     ) -> Awaitable[Key | None]: ...
 
 

@@ -1,8 +1,13 @@
 """Stops: a run is cancelled.
 
 A run that somebody holds is cancelled by its holder, who alone can close the call to the model and
-knows what was said; the flag in the log is durable and reaches it at its next append or renewal.
-A run that nobody holds is ended here.
+knows what was said; the flag in the log reaches it at its next append or renewal. A run that nobody
+holds is ended here.
+
+Whoever was told `cancelling` was made a promise, so it is in the journal before the reply and stays
+there until the run has ended: Redis may be away, or come back without the flag, and this process may
+die. Every server process on this journal keeps it, which does no harm: a flag is set twice, a claim
+lets one in.
 """
 
 from __future__ import annotations
@@ -13,17 +18,25 @@ from dataclasses import dataclass
 from typing import Final
 
 from headwater.access import Caller, may
-from headwater.errors import NotFound, StoreUnavailable
+from headwater.errors import JournalUnavailable, LogUnavailable, NotFound, StoreUnavailable, Unavailable
 from headwater.events import Event, EventType
 from headwater.ids import new_id
 from headwater.intake import checks
 from headwater.intake.parts import Parts
-from headwater.runs import Run
+from headwater.runs import Run, RunState
+from headwater.service import Service
+from headwater.streams.base import Meta
 
 logger = logging.getLogger(__name__)
 
 #: The cancel was asked for and the worker has not confirmed it yet.
 CANCELLING: Final = "cancelling"
+#: Seconds a caller waits for Redis, and for the end of a run that nobody holds; then it is a promise.
+PATIENCE: Final = 0.6
+#: Seconds between two looks at what was promised.
+EVERY: Final = 1.0
+#: Promises of one look.
+BATCH: Final = 500
 #: Seconds between looks while waiting for a confirmation.
 _LOOK: Final = 0.05
 
@@ -41,31 +54,37 @@ class Stopped:
         return self.status != CANCELLING
 
 
-class Stops:
-    """Cancels runs."""
+class Stops(Service):
+    """Cancels runs. Started, it keeps what was promised; what was noted while it was not started waits."""
 
     def __init__(self, parts: Parts) -> None:
+        super().__init__()
         self._parts = parts
+        #: Ends under way whose caller went away with a promise.
+        self._ending: set[asyncio.Task[Run | None]] = set()
+        #: Since when the log does not know a run that somebody may hold, by this process's clock.
+        self._unknown: dict[str, float] = {}
+        self._away = False
 
     async def cancel(self, caller: Caller, run_id: str) -> Stopped:
-        """Ask for a cancel; of a run that has ended, tell how. Raises NotFound, LogUnavailable."""
+        """Ask for a cancel; of a run that has ended, tell how.
+
+        Raises NotFound; StoreUnavailable when Redis is away and only PostgreSQL could tell whose it
+        is, but is away too; JournalUnavailable when a promise cannot be kept.
+        """
         checks.checked_id(run_id, "run")
-        meta = await self._parts.log.meta(run_id)
-        run: Run | None = None
-        if meta is None:
-            run = await self._parts.overlay.run(run_id)
-            if run is None:
-                raise NotFound("There is no such run.")
-        # Before the flag is set: asking must have no effect on what is somebody else's.
-        may(caller, meta.owner_id if meta is not None else run.owner_id if run is not None else "")
-        meta = await self._parts.log.cancel(run_id)
-        if meta is not None and meta.status.terminal:
-            return Stopped(run_id, meta.status.value)
-        if run is not None and run.state.terminal:
-            return Stopped(run_id, run.state.value)
-        if meta is not None and meta.lease_left > 0:
-            return Stopped(run_id, CANCELLING)
-        return await self._end(run_id, run)
+        flagged = False
+        try:
+            async with asyncio.timeout(PATIENCE):
+                meta, run = await self._flag(caller, run_id)
+            flagged = meta is not None
+            status = await self._end(run_id, meta, run)
+        except (LogUnavailable, TimeoutError) as error:
+            logger.warning("the cancel of run %s waits for Redis: %s", run_id, error or "it does not answer")
+            status = await self._by_row(caller, run_id)
+        if status is None:
+            await self._note(run_id, flagged=flagged)
+        return Stopped(run_id, CANCELLING if status is None else status.value)
 
     async def confirmed(self, run_id: str, within: float) -> bool:
         """Wait until the log says that the run has ended; False after `within` seconds."""
@@ -79,21 +98,125 @@ class Stops:
             await asyncio.sleep(_LOOK)
         return False
 
-    async def _end(self, run_id: str, run: Run | None) -> Stopped:
-        """End a run that nobody holds."""
-        try:
-            run = run or await self._parts.overlay.run(run_id)
-        except StoreUnavailable as error:
-            # The flag stands: whoever claims the run ends it before its first word.
-            logger.warning("run %s is left to the next worker to cancel: %s", run_id, error)
-            return Stopped(run_id, CANCELLING)
-        if run is None:
-            return Stopped(run_id, CANCELLING)
-        # A holder of its own for each call: to the log the same holder is the same worker, asking again.
-        ended = await self._parts.settle(run, f"intake:{new_id()}", Event(EventType.CANCELLED, {}))
-        if ended is not None:
-            return Stopped(run_id, ended.state.value)
-        # Claimed or ended by somebody else in between.
+    # --- a caller asks ---------------------------------------------------------------------------
+
+    async def _flag(self, caller: Caller, run_id: str) -> tuple[Meta | None, Run | None]:
+        """Set the flag, unless the run is not the caller's. Without a log, the run's row comes along."""
         meta = await self._parts.log.meta(run_id)
-        over = meta is not None and meta.status.terminal
-        return Stopped(run_id, meta.status.value if meta is not None and over else CANCELLING)
+        run = await self._owned(caller, run_id) if meta is None else None
+        if meta is not None:
+            # Before the flag is set: asking must have no effect on what is somebody else's.
+            may(caller, meta.owner_id)
+        flagged = await self._parts.log.cancel(run_id)
+        self._parts.telemetry.step("cancel.flagged")
+        return flagged, run
+
+    async def _owned(self, caller: Caller, run_id: str) -> Run:
+        run = await self._parts.overlay.run(run_id)
+        if run is None:
+            raise NotFound("There is no such run.")
+        may(caller, run.owner_id)
+        return run
+
+    async def _end(self, run_id: str, meta: Meta | None, run: Run | None) -> RunState | None:
+        """End the run if nobody holds it. The state it ended in; None when that is for its holder, or takes longer."""
+        if meta is not None and (meta.status.terminal or meta.lease_left > 0):
+            return meta.status if meta.status.terminal else None
+        if meta is None and run is not None and run.state is not RunState.QUEUED:
+            # The log is lost: its worker may hold it still, with all that was said, and writes it again.
+            return run.state if run.state.terminal else None
+        # Not cut off by the caller's patience: a claim whose end is not written holds the run up for a lease.
+        ending = asyncio.create_task(self._settle(run_id, run), name=f"cancel {run_id}")
+        self._ending.add(ending)
+        ending.add_done_callback(self._settled)
+        await asyncio.wait({ending}, timeout=PATIENCE)
+        if not ending.done() or ending.exception() is not None:
+            return None
+        ended = ending.result()
+        return ended.state if ended is not None else await self._state(run_id)
+
+    async def _by_row(self, caller: Caller, run_id: str) -> RunState | None:
+        run = await self._owned(caller, run_id)
+        return run.state if run.state.terminal else None
+
+    async def _note(self, run_id: str, *, flagged: bool) -> None:
+        try:
+            await self._parts.journal.note_cancel(run_id)
+        except JournalUnavailable as error:
+            if not flagged:
+                raise
+            logger.warning("the cancel of run %s stands in Redis only: %s", run_id, error)
+        self._parts.telemetry.step("cancel.noted")
+
+    # --- a run that nobody holds -----------------------------------------------------------------
+
+    async def _settle(self, run_id: str, run: Run | None) -> Run | None:
+        run = run or await self._parts.overlay.run(run_id)
+        if run is None or run.state.terminal:
+            return run
+        # A holder of its own for each call: to the log the same holder is the same worker, asking again.
+        return await self._parts.settle(run, f"intake:{new_id()}", Event(EventType.CANCELLED, {}))
+
+    def _settled(self, ending: asyncio.Task[Run | None]) -> None:
+        self._ending.discard(ending)
+        error = None if ending.cancelled() else ending.exception()
+        if isinstance(error, Unavailable):
+            # The flag stands or the promise does: whoever claims the run ends it before its first word.
+            logger.warning("%s is not through yet: %s", ending.get_name(), error)
+        elif error is not None:
+            logger.error("%s failed", ending.get_name(), exc_info=error)
+
+    async def _state(self, run_id: str) -> RunState | None:
+        """Claimed or ended by somebody else in between."""
+        meta = await self._parts.log.meta(run_id)
+        return meta.status if meta is not None and meta.status.terminal else None
+
+    # --- what was promised -----------------------------------------------------------------------
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(EVERY)
+            try:
+                await self.look()
+            except Unavailable as error:
+                if not self._away:
+                    logger.warning("promised cancels wait: %s", error)
+                self._away = True
+            else:
+                self._away = False
+
+    async def close(self) -> None:
+        if self._ending:
+            await asyncio.wait(self._ending)
+
+    async def look(self) -> int:
+        """Bring every promised cancel on its way once; how many runs have ended. Raises Unavailable."""
+        promised = await self._parts.journal.cancels(BATCH)
+        self._unknown = {run_id: since for run_id, since in self._unknown.items() if run_id in promised}
+        ended = [run_id for run_id in promised if await self._keep(run_id)]
+        if ended:
+            await self._parts.journal.drop_cancels(ended)
+        return len(ended)
+
+    async def _keep(self, run_id: str) -> bool:
+        """Whether the run has ended, so that the promise is kept."""
+        meta = await self._parts.log.cancel(run_id)
+        if meta is not None and (meta.status.terminal or meta.lease_left > 0):
+            return meta.status.terminal
+        try:
+            run = await self._parts.overlay.run(run_id)
+        except StoreUnavailable as error:
+            logger.debug("run %s is left to the next worker to cancel: %s", run_id, error)
+            return False
+        if run is None or run.state.terminal:
+            # Deleted with its chat, or ended before its log was lost.
+            return True
+        if meta is None and run.state is not RunState.QUEUED and not self._given_up(run_id):
+            return False
+        ended = await self._settle(run_id, run)
+        return ended is not None or await self._state(run_id) is not None
+
+    def _given_up(self, run_id: str) -> bool:
+        """Whether nobody has written the lost log of a run again for as long as a lease."""
+        now = self._parts.clock.monotonic()
+        return now - self._unknown.setdefault(run_id, now) > self._parts.settings.lease_seconds

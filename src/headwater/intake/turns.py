@@ -7,6 +7,9 @@ this process.
 
     with PostgreSQL      the row lock holds across processes; the rows are there when the caller hears of it
     without PostgreSQL   the journal knows the chat or it cannot be taken; the syncer carries it over
+
+Both write to the journal on condition that no run has begun in the chat since they looked, so two
+processes of one host take one message, also when they do not agree on whether PostgreSQL is away.
 """
 
 from __future__ import annotations
@@ -17,12 +20,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from headwater.access import Caller, may
-from headwater.errors import ChatBusy, JournalUnavailable, LogUnavailable, RecordRefused, StoreUnavailable
+from headwater.errors import ChatBusy, JournalUnavailable, LogUnavailable, RecordRefused, StoreUnavailable, Unavailable
 from headwater.intake import checks
 from headwater.intake.parts import LOG_WAIT, Locks, Parts, Patience
 from headwater.intake.plans import Accepted, Ask, Plan, Planner
+from headwater.journal import Alone
 from headwater.messages import MessageStatus
-from headwater.runs import Run
+from headwater.runs import Run, RunState
 from headwater.store import Turn
 from headwater.streams.base import Meta
 
@@ -69,6 +73,7 @@ class Turns:
         async with self._locks.of(ask.chat_id):
             outcome = await self._by_journal(ask) or await self._decide(ask)
         if isinstance(outcome, Accepted):
+            await self._ring_again(outcome.task_id)
             return outcome
         self._parts.telemetry.count("headwater_runs_accepted_total", kind=outcome.run.kind)
         await self._announce(outcome.run)
@@ -92,12 +97,13 @@ class Turns:
             run = await parts.store.runs.by_key(ask.caller.owner_id, ask.key)
             if run is not None:
                 return ask.same(run.fingerprint, run.id, run.message_id)
+        alone = await parts.journal.look(ask.chat_id)
         # The turn reads rows only, so they must be as new as the journal.
         await parts.overlay.carry_over(ask.chat_id)
         outcome: Plan | Accepted | None = None
         try:
             async with parts.store.turn(ask.caller.owner_id, ask.chat_id) as turn:
-                outcome = await self._turn(ask, turn)
+                outcome = await self._turn(ask, turn, alone)
                 if isinstance(outcome, Plan):
                     await turn.apply(outcome.records)
         except (StoreUnavailable, RecordRefused) as error:
@@ -108,9 +114,10 @@ class Turns:
                 logger.warning("a message was journalled but not stored yet: %s", error)
                 await self._wake_syncer(outcome)
                 return replace(outcome, positions=())
+        parts.telemetry.step("accept.stored")
         return outcome
 
-    async def _turn(self, ask: Ask, turn: Turn) -> Plan | Accepted:
+    async def _turn(self, ask: Ask, turn: Turn, alone: Alone) -> Plan | Accepted:
         active = turn.active
         if active is not None and ask.key is not None and active.idempotency_key == ask.key:
             return ask.same(active.fingerprint, active.id, active.message_id)
@@ -124,10 +131,12 @@ class Turns:
         metas = await self._metas({run_id for run_id in waiting if run_id} | ({active.id} if active else set()))
         for run_id, meta in metas.items():
             if not meta.status.terminal if meta else active is not None and run_id == active.id:
-                raise _busy(run_id)
+                raise ChatBusy(run_id)
         plan = await self._planner.plan(ask, turn.chat, messages, complete=True)
+        self._parts.telemetry.step("accept.planned")
         # Not by `save`: its syncer would store the same rows a second time, after waiting for this turn's lock.
-        added = await self._parts.journal.add(plan.records, ask.stands_for(plan))
+        added = await self._parts.journal.add(plan.records, ask.stands_for(plan), alone)
+        self._parts.telemetry.step("accept.journalled")
         return ask.told(added.earlier) if added.earlier else replace(plan, positions=added.positions)
 
     async def _without_store(self, ask: Ask) -> Plan | Accepted:
@@ -135,6 +144,7 @@ class Turns:
         earlier = await self._by_journal(ask)
         if earlier is not None:
             return earlier
+        alone = await self._parts.journal.look(ask.chat_id)
         known = await self._parts.overlay.kept(ask.chat_id)
         chat = known.chat(ask.chat_id)
         if chat is None:
@@ -146,9 +156,11 @@ class Turns:
         open_runs = [run for run in known.runs.values() if not run.state.terminal and run.created_at > horizon]
         for run_id, meta in (await self._metas(run.id for run in open_runs)).items():
             if meta is None or not meta.status.terminal:
-                raise _busy(run_id)
+                raise ChatBusy(run_id)
         plan = await self._planner.plan(ask, chat, known.messages, complete=False)
-        holder = await self._parts.save(plan.records, wait=0, key=ask.stands_for(plan))
+        self._parts.telemetry.step("accept.planned")
+        holder = await self._parts.save(plan.records, wait=0, key=ask.stands_for(plan), alone=alone)
+        self._parts.telemetry.step("accept.journalled")
         return ask.told(holder) if holder else plan
 
     async def _mark(self, plan: Plan) -> None:
@@ -190,8 +202,18 @@ class Turns:
         except (LogUnavailable, TimeoutError) as error:
             # The sweeper finds a run that was not announced.
             logger.warning("run %s is accepted and waits for Redis: %s", run.id, error)
+        self._parts.telemetry.step("accept.announced")
         self._parts.enqueue(run)
+        self._parts.telemetry.step("accept.enqueued")
 
-
-def _busy(run_id: str) -> ChatBusy:
-    return ChatBusy("This chat is still answering. Wait for the answer or stop it, then send again.", task_id=run_id)
+    async def _ring_again(self, run_id: str) -> None:
+        """A request that comes again tells that its reply was lost: whoever took it may have died before it rang."""
+        if (await self._metas([run_id]))[run_id] is not None:
+            return
+        try:
+            run = await self._parts.overlay.run(run_id)
+        except Unavailable as error:
+            logger.warning("run %s was accepted before and is left to the sweeper: %s", run_id, error)
+            return
+        if run is not None and run.state is RunState.QUEUED:
+            await self._announce(run)

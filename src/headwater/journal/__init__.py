@@ -14,14 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from headwater.clock import Clock
+from headwater.errors import ChatBusy
 from headwater.journal import rows
 from headwater.journal.file import JournalFile
 from headwater.journal.lane import Lane, Work
-from headwater.journal.rows import STEP, Added, Entry, Key
+from headwater.journal.rows import STEP, Added, Alone, Entry, Key
 from headwater.records import Record
 from headwater.telemetry import Telemetry
 
-__all__ = ["Added", "Backlog", "Entry", "Journal", "Key"]
+__all__ = ["Added", "Alone", "Backlog", "Entry", "Journal", "Key"]
 
 logger = logging.getLogger(__name__)
 
@@ -80,12 +81,18 @@ class Journal:
         """
         return (await self.add(records, key)).earlier
 
-    async def add(self, records: Sequence[Record], key: Key | None = None) -> Added:
-        """`append` that tells the positions as well."""
+    async def add(self, records: Sequence[Record], key: Key | None = None, alone: Alone | None = None) -> Added:
+        """`append` that tells the positions as well.
+
+        With `alone` it looks once more, in the transaction that writes: when a run has begun in the
+        chat since, in whatever process, it writes nothing and raises ChatBusy.
+        """
         at = self._clock.now_ms()
         # Encoded here: what cannot be encoded must not reach the group that others share.
         values = [rows.encoded(record, at) for record in records]
-        added = await self._writer.submit(lambda connection: rows.add(connection, values, key, at))
+        added = await self._writer.submit(lambda connection: rows.add(connection, values, key, at, alone))
+        if added.busy is not None:
+            raise ChatBusy(added.busy)
         if added.positions:
             self._telemetry.count("headwater_journal_records_total", len(added.positions))
         return added
@@ -99,6 +106,15 @@ class Journal:
         """The store will never take this record: keep it out of the way, with the reason."""
         text = reason.encode(errors="replace").decode()
         await self._writer.submit(lambda connection: rows.set_aside(connection, position, text))
+
+    async def note_cancel(self, run_id: str) -> None:
+        """Keep the wish to cancel a run until `drop_cancels`. Durable at return."""
+        at = self._clock.now_ms()
+        await self._writer.submit(lambda connection: rows.note_cancel(connection, run_id, at))
+
+    async def drop_cancels(self, run_ids: Sequence[str]) -> None:
+        """These runs have ended."""
+        await self._writer.submit(lambda connection: rows.drop_cancels(connection, run_ids))
 
     async def forget(self, chat_id: str) -> int:
         """Delete every record of a chat, synced or not: the chat was deleted, and so is what it said. Their number."""
@@ -163,6 +179,23 @@ class Journal:
             for record in records
             if owner_id in (None, record.owner_id) and chat_id in (None, record.chat_id) and id in (None, record.id)
         ]
+
+    async def look(self, chat_id: str) -> Alone:
+        """For `add`. Asked for before the look at the chat, so that nothing that comes during it is overlooked."""
+        return Alone(chat_id, await self._reader.submit(lambda connection: rows.newest(connection, chat_id)))
+
+    async def unfinished(self, *, older_than: float, limit: int) -> list[Record]:
+        """The newest records of runs that have not ended as far as this file knows and that the store has not got.
+
+        Journalled more than `older_than` seconds ago.
+        """
+        before = self._clock.now_ms() - round(older_than * 1000)
+        found = await self._reader.submit(lambda connection: rows.unfinished(connection, before, limit))
+        return [entry.record for entry in rows.read(found)[0]]
+
+    async def cancels(self, limit: int) -> list[str]:
+        """Runs whose cancel was noted, oldest first."""
+        return await self._reader.submit(lambda connection: rows.cancels(connection, limit))
 
     async def kept(self, chat_id: str) -> list[Record]:
         """Every record of a chat in the file, synced or not, oldest first: what to read without PostgreSQL."""

@@ -16,17 +16,27 @@ from typing import Final
 
 import apsw
 
-from headwater.errors import HeadwaterError, JournalUnavailable, RecordRefused
+from headwater.errors import (
+    HeadwaterError,
+    JournalBusy,
+    JournalDamaged,
+    JournalFull,
+    JournalUnavailable,
+    RecordRefused,
+)
 
 #: SQLite up to 3.51.2 can lose committed transactions in WAL mode with several connections.
 OLDEST_SQLITE: Final = (3, 51, 3)
 #: Marks the file as ours ("hwjr"), and the layout of its tables.
 APPLICATION_ID: Final = 0x68776A72
-LAYOUT: Final = 1
+LAYOUT: Final = 2
 #: Seconds a writer waits for another process's commit.
 BUSY_WAIT: Final = 5.0
 #: Bytes to which the write-ahead log is cut back after a checkpoint.
 WAL_LIMIT: Final = 16 * 1024 * 1024
+
+#: Since layout 2. Cancels that were promised and are not through yet.
+_CANCELS: Final = "CREATE TABLE IF NOT EXISTS cancels (run_id TEXT PRIMARY KEY, at INTEGER NOT NULL) WITHOUT ROWID;"
 
 _SCHEMA: Final = f"""
 CREATE TABLE records (
@@ -60,6 +70,7 @@ CREATE TABLE keys (
     PRIMARY KEY (owner_id, key)
 ) WITHOUT ROWID;
 CREATE INDEX keys_by_age ON keys (at);
+{_CANCELS}
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {LAYOUT};
 """
@@ -163,6 +174,9 @@ class JournalFile:
         for (verdict,) in connection.execute("PRAGMA quick_check(1)"):
             if verdict != "ok":
                 raise damaged(self.path, str(verdict).strip().splitlines()[-1])
+        if connection.pragma("user_version") < LAYOUT:
+            with connection:
+                connection.execute(f"{_CANCELS} PRAGMA user_version = {LAYOUT};")
 
 
 def apsw_version() -> tuple[int, ...]:
@@ -171,7 +185,8 @@ def apsw_version() -> tuple[int, ...]:
 
 
 def unavailable(message: str, code: str) -> JournalUnavailable:
-    error = JournalUnavailable(message)
+    kinds = {kind.code: kind for kind in (JournalFull, JournalBusy, JournalDamaged)}
+    error = kinds.get(code, JournalUnavailable)(message)
     error.code = code
     return error
 

@@ -56,6 +56,25 @@ _KEPT_CHATS: Final = """
     SELECT position, kind, id, version, owner_id, chat_id, data, at, tries, poison FROM records
     WHERE owner_id = ? AND kind = 'chat' ORDER BY position
 """
+_NEWEST: Final = "SELECT max(position) FROM records WHERE chat_id = ?"
+# Version 0: queued for the first time. What an earlier run still says about itself is no new one.
+_BEGUN: Final = """
+    SELECT id FROM records WHERE chat_id = ? AND position > ? AND kind = 'run' AND version = 0 ORDER BY position LIMIT 1
+"""
+# Queued and running are the lowest two ranks of an attempt.
+_UNFINISHED: Final = """
+    SELECT position, kind, id, version, owner_id, chat_id, data, at, tries, poison FROM records AS newest
+    WHERE synced_at IS NULL AND kind = 'run' AND at < ? AND version % 4 < 2 AND NOT EXISTS (
+        SELECT 1 FROM records AS newer
+        WHERE newer.id = newest.id AND newer.synced_at IS NULL
+        AND (newer.version, newer.position) > (newest.version, newest.position)
+    )
+    ORDER BY position LIMIT ?
+"""
+_NOTE_CANCEL: Final = "INSERT OR IGNORE INTO cancels (run_id, at) VALUES (?, ?)"
+_CANCELS: Final = "SELECT run_id FROM cancels ORDER BY at LIMIT ?"
+_DROP_CANCEL: Final = "DELETE FROM cancels WHERE run_id = ?"
+_DELETE_CANCELS: Final = "DELETE FROM cancels WHERE at < ?"
 _FORGET: Final = "DELETE FROM records WHERE chat_id = ?"
 _COUNT: Final = """
     SELECT count(*), min(position) FROM records INDEXED BY records_unsynced
@@ -104,11 +123,22 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class Alone:
+    """A chat as somebody looked at it, to append only while no further run has begun there."""
+
+    chat_id: str
+    #: The chat's newest position before the look; 0 for none.
+    seen: int
+
+
+@dataclass(frozen=True, slots=True)
 class Added:
     """What an append did: the earlier key and no positions, or the positions of the records."""
 
     earlier: Key | None
     positions: Sequence[int]
+    #: A run that began in the chat since it was looked at; then nothing was written.
+    busy: str | None = None
 
 
 def encoded(record: Record, at: int) -> tuple[Any, ...]:
@@ -134,12 +164,19 @@ def read(rows: Sequence[Any]) -> tuple[list[Entry], list[tuple[int, str]]]:
     return entries, unreadable
 
 
-def add(connection: apsw.Connection, rows: Sequence[tuple[Any, ...]], key: Key | None, at: int) -> Added:
-    """Insert the rows unless the key was used before."""
+def add(
+    connection: apsw.Connection, rows: Sequence[tuple[Any, ...]], key: Key | None, at: int, alone: Alone | None = None
+) -> Added:
+    """Insert the rows unless the key was used before, or a run began since `alone` was looked at."""
     if key is not None:
         earlier = find_key(connection, key.owner_id, key.key)
         if earlier is not None:
             return Added(earlier, ())
+    if alone is not None:
+        begun = connection.execute(_BEGUN, (alone.chat_id, alone.seen)).fetchone()
+        if begun is not None:
+            return Added(None, (), begun[0])
+    if key is not None:
         connection.execute(_INSERT_KEY, (key.owner_id, key.key, key.fingerprint, key.run_id, key.message_id, at))
     positions = []
     for row in rows:
@@ -206,6 +243,28 @@ def kept_chats(connection: apsw.Connection, owner_id: str) -> list[Any]:
     return connection.execute(_KEPT_CHATS, (owner_id,)).fetchall()
 
 
+def newest(connection: apsw.Connection, chat_id: str) -> int:
+    """The position of a chat's newest row; 0 for none."""
+    return _first(connection, _NEWEST, chat_id)[0] or 0
+
+
+def unfinished(connection: apsw.Connection, before: int, limit: int) -> list[Any]:
+    """The newest row of each run that waits for the store and has not ended."""
+    return connection.execute(_UNFINISHED, (before, limit)).fetchall()
+
+
+def note_cancel(connection: apsw.Connection, run_id: str, at: int) -> None:
+    connection.execute(_NOTE_CANCEL, (run_id, at))
+
+
+def cancels(connection: apsw.Connection, limit: int) -> list[str]:
+    return [str(row[0]) for row in connection.execute(_CANCELS, (limit,)).fetchall()]
+
+
+def drop_cancels(connection: apsw.Connection, run_ids: Sequence[str]) -> None:
+    connection.executemany(_DROP_CANCEL, [(run_id,) for run_id in run_ids])
+
+
 def forget(connection: apsw.Connection, chat_id: str) -> int:
     connection.execute(_FORGET, (chat_id,))
     return connection.changes()
@@ -218,8 +277,8 @@ def count(connection: apsw.Connection) -> tuple[int, int | None, int]:
     return waiting_rows, at[0] if at else None, _first(connection, _COUNT_POISON)[0]
 
 
-def _first(connection: apsw.Connection, statement: str) -> Any:
-    return next(iter(connection.execute(statement)))
+def _first(connection: apsw.Connection, statement: str, *values: Any) -> Any:
+    return next(iter(connection.execute(statement, values)))
 
 
 def delete(connection: apsw.Connection, before: int) -> int:
@@ -229,7 +288,8 @@ def delete(connection: apsw.Connection, before: int) -> int:
 
 
 def delete_keys(connection: apsw.Connection, before: int) -> int:
-    """One step of pruning keys; fewer than STEP when none is left."""
+    """One step of pruning keys, and cancels of runs that nobody has ended; fewer than STEP when none is left."""
+    connection.execute(_DELETE_CANCELS, (before,))
     connection.execute(_DELETE_KEYS, (before, STEP))
     return connection.changes()
 

@@ -174,7 +174,7 @@ class Attempt:
     async def _drive(self) -> Event | None:
         """Run the pipeline until it ends or is stopped; None when the run is not ours to end."""
         # Beside the pipeline, not before it: the first token does not wait for a disk.
-        self._saving = asyncio.create_task(self._keep([Record.of(self._run)]))
+        self._saving = asyncio.create_task(self._keep_running())
         writing = self._writer.start()
         pump = asyncio.create_task(self._pump())
         stopped = asyncio.create_task(self._hold.stopped.wait())
@@ -253,8 +253,12 @@ class Attempt:
         run, end, records = self._outcome(end)
         if self._saving is not None:
             await asyncio.wait({self._saving})
+        step = self._parts.telemetry.step
+        step("finish.written")
         await self._keep(records)
+        step("finish.saved")
         await self._writer.end(end, patient=patient)
+        step("finish.told")
         self._ended(run)
         return run
 
@@ -295,6 +299,10 @@ class Attempt:
         if run.message_id is not None:
             data["message_id"] = run.message_id
         return run, replace(end, data=data), [*map(Record.of, messages), Record.of(run)]
+
+    async def _keep_running(self) -> None:
+        await self._keep([Record.of(self._run)])
+        self._parts.telemetry.step("claim.saved")
 
     async def _keep(self, records: Sequence[Record]) -> None:
         """Save, or say that it failed: the sweeper makes the rows again from the log as long as it lives."""

@@ -158,6 +158,7 @@ class Runner:
                 delay = min(delay * 2, LAST_RETRY)
             else:
                 self._parts.telemetry.count("headwater_runs_claimed_total", kind=run.kind)
+                self._parts.telemetry.step("claim.claimed")
                 return fresh, lease
         self._parts.hand_on(run)
         return None

@@ -225,7 +225,7 @@ def _body(data: bytes, *, more: bool = True) -> dict[str, Any]:
 
 def _retry() -> bytes:
     # Spread out, so that a thousand readers of a restarted server do not knock at the same moment.
-    return b"retry: %d\n\n" % random.randint(1000, 3000)
+    return b"retry: %d\n\n" % random.randint(500, 1500)
 
 
 def _cutter(send: Send) -> Callable[[], None]:

@@ -23,7 +23,7 @@ from headwater.settings import Settings
 from headwater.store import Store
 from headwater.sweeper import BATCH, Sweeper
 from headwater.syncer import Syncer
-from headwater.telemetry import Telemetry
+from headwater.telemetry import Telemetry, arm
 from headwater.worker.presence import Presence
 
 #: Milliseconds a journalled record stays after PostgreSQL has it.
@@ -51,6 +51,7 @@ class Graph:
 async def open_graph(settings: Settings, celery: Celery) -> AsyncIterator[Graph]:
     """Make and start every part; stop them in reverse order. Raises JournalUnavailable, SettingsError."""
     telemetry, clock = Telemetry(), SystemClock()
+    arm(telemetry, settings.failpoint)
     async with AsyncExitStack() as stack:
         log = streams.connect(settings.need_redis(), ttl=settings.stream_ttl, lease_seconds=settings.lease_seconds)
         stack.push_async_callback(log.close)
@@ -80,7 +81,7 @@ async def open_graph(settings: Settings, celery: Celery) -> AsyncIterator[Graph]
         )
         sweeper = Sweeper(
             log,
-            unfinished=lambda: store.runs.unfinished(older_than=settings.queue_grace, limit=BATCH),
+            unfinished=lambda: overlay.unfinished(older_than=settings.queue_grace, limit=BATCH),
             enqueue=dispatcher.enqueue,
             repair=runner.repair,
             clock=clock,
