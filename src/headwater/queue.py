@@ -12,6 +12,7 @@ import random
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
 from celery import Celery
@@ -134,6 +135,15 @@ def _worker() -> dict[str, Any]:
         # Off by default, as nobody may listen; `-E` or Flower's button turn them on.
         "worker_send_task_events": False,
     }
+
+
+def run_command(app: Celery, arguments: Sequence[str]) -> int:
+    """Run one of Celery's own commands to its end. Returns its exit code, which `Celery.start` forgets."""
+    from celery.bin.celery import celery as command
+
+    command.params[0].default = app
+    code: int | None = command.main(args=list(arguments), standalone_mode=False)
+    return code or 0
 
 
 def queue_of(run: Run) -> str:

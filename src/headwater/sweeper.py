@@ -1,10 +1,11 @@
 """Sweeper: rings again for runs that nobody holds although somebody should, and mends rows that missed the end.
 
-Three things it looks for:
+Four things it looks for:
 
     due in the log        nobody claimed it in time, or its worker's lease ran out → enqueue again
     unknown to the log    a row waits, but Redis has forgotten the run → announce it; due after a grace
     ended in the log      a row waits, but the log is closed → make the rows from the log
+    out of sight          a row waits, the log knows it, nobody holds it → see that it will be due
 
 It decides nothing about a run: the worker that claims it counts the attempts and ends it when they
 are spent. So several sweepers at once do no harm; a bell rung twice lets one worker in.
@@ -138,6 +139,8 @@ class Sweeper(Service):
         acted = 0
         for run, meta in zip(runs, metas, strict=True):
             acted += await self._compare(run, meta, before)
+        # The log's index of what may be due can lose an entry, to a flush between two commands or to a full server.
+        await self._log.remind([meta.run_id for meta in metas if meta is not None and _unheld(meta)], self._grace)
         return acted
 
     async def _compare(self, run: Run, meta: Meta | None, before: set[str]) -> int:
@@ -170,3 +173,7 @@ class Sweeper(Service):
 
     def _acted(self, action: str) -> None:
         self._telemetry.count("headwater_swept_total", action=action)
+
+
+def _unheld(meta: Meta) -> bool:
+    return not meta.status.terminal and meta.lease_left <= 0

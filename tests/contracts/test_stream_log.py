@@ -531,6 +531,29 @@ class TestDue:
         assert await world.log.read(run.id, 0, 10) is None
 
 
+class TestRemind:
+    async def test_a_run_that_was_lost_sight_of_is_due_again(self, log: StreamLog, world: World) -> None:
+        queued, running = new_run(), new_run()
+        await log.open(queued, 0)
+        await log.claim(running, "worker")
+        await world.lease_runs_out(running.id)
+        for run in (queued, running):
+            await world.lose_sight(run.id)
+        await log.remind([queued.id, running.id], 0)
+        found = {due.run_id: due for due in await log.due(10)}
+        assert set(found) == {queued.id, running.id}
+        assert found[queued.id].run == queued
+
+    async def test_a_run_that_is_in_sight_stays_where_it_is(self, log: StreamLog) -> None:
+        soon, later = new_run(), new_run()
+        await log.open(soon, 0)
+        await log.open(later, 60)
+        await log.remind([soon.id, later.id], 0)
+        await log.remind([soon.id, later.id], 60)
+        await log.remind([], 0)
+        assert [due.run_id for due in await log.due(10)] == [soon.id]
+
+
 class TestReading:
     """The table of centrifuge: from where, in which log, gives what."""
 

@@ -1,4 +1,4 @@
-"""A process that dies at a named step loses nothing and doubles nothing: every step of the table, over real processes."""
+"""A process that dies at a named step loses nothing and doubles nothing: every step there is, over real processes."""
 
 from __future__ import annotations
 

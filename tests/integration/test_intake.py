@@ -18,7 +18,6 @@ from headwater.errors import (
     InvalidInput,
     JournalUnavailable,
     KeyReused,
-    LogUnavailable,
     NotFound,
     StoreUnavailable,
 )
@@ -400,13 +399,66 @@ async def test_without_redis_a_message_is_taken(database_url: str, redis_url: st
             assert [run.id for run in house.queue] == [accepted.task_id]
             with pytest.raises(ChatBusy):
                 await house.intake.send(ME, chat.id, "another")
-            with pytest.raises(LogUnavailable):
-                await house.intake.cancel(ME, accepted.task_id)
+            with pytest.raises(NotFound):
+                await house.intake.cancel(STRANGER, accepted.task_id)
+            assert (await house.intake.cancel(ME, accepted.task_id)).status == CANCELLING
+            assert await house.journal.cancels(10) == [accepted.task_id], "a promise that outlives the process"
+            await house.journal.drop_cancels([accepted.task_id])
             assert (await house.reading.run_view(ME, accepted.task_id)).state is RunState.QUEUED
             assert (await house.work()).state is RunState.DONE
             await house.intake.send(ME, chat.id, "another")
     finally:
         await away.close()
+
+
+async def test_of_ten_messages_through_two_processes_without_postgresql_one_is_taken(
+    redis_url: str, database_url: str, tmp_path: Path, postgres_server: Postgres
+) -> None:
+    async with (
+        make_house(redis_url, database_url, tmp_path, db_wait=0.3) as house,
+        make_house(redis_url, database_url, tmp_path, db_wait=0.3) as other,
+    ):
+        chat = await house.intake.create_chat(ME)
+        await house.intake.send(ME, chat.id, "before")
+        await house.work()
+        await synced(house)
+        with frozen(postgres_server.pid):
+            outcomes = await asyncio.gather(
+                *(each.intake.send(ME, chat.id, f"hello {n}") for n, each in enumerate([house, other] * 5)),
+                return_exceptions=True,
+            )
+            taken = [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
+            refused = [outcome for outcome in outcomes if isinstance(outcome, ChatBusy)]
+            assert (len(taken), len(refused)) == (1, 9), outcomes
+            assert {error.extra["task_id"] for error in refused} == {taken[0].task_id}
+            assert [run.id for run in (*house.queue, *other.queue)] == [taken[0].task_id]
+            left = other if other.queue else house
+            assert (await left.work()).state is RunState.DONE
+            await house.intake.send(ME, chat.id, "and the next")
+        await synced(house)
+        assert rows(database_url, "runs") == 3
+
+
+async def test_a_run_whose_server_died_without_postgresql_is_found_by_another(
+    redis_url: str, database_url: str, tmp_path: Path, postgres_server: Postgres
+) -> None:
+    async with make_house(redis_url, database_url, tmp_path, db_wait=0.3) as house:
+        chat = await house.intake.create_chat(ME)
+        await synced(house)
+        with frozen(postgres_server.pid):
+            accepted = await house.intake.send(ME, chat.id, "hello", key="once")
+            # What is left of a server that died before it announced and enqueued.
+            await house.log.forget(accepted.task_id)
+            run = house.queue.pop()
+            assert await eventually(lambda: house.overlay.unfinished(older_than=0, limit=10)) == [run]
+            # A client that repeats its request need not wait for the sweeper.
+            assert await house.intake.send(ME, chat.id, "hello", key="once") == accepted
+            assert house.queue == [run]
+            assert (await house.work()).state is RunState.DONE
+            assert await house.intake.send(ME, chat.id, "hello", key="once") == accepted
+            assert house.queue == [], "what has ended is not rung for"
+            with pytest.raises(StoreUnavailable):
+                await house.overlay.unfinished(older_than=0, limit=10)
 
 
 async def test_a_full_disk_refuses_before_anything_is_accepted(house: House, database_url: str) -> None:

@@ -52,6 +52,8 @@ class Up:
                 stderr=log,
                 start_new_session=True,
                 cwd=folder,
+                # As from a terminal, also when the tests themselves run under nohup, which is inherited.
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # noqa: PLW1509  # one system call
             )
 
     @property

@@ -13,7 +13,7 @@ import pytest
 
 from headwater.errors import LogLost, LogUnavailable
 from headwater.events import Event
-from headwater.runs import Run
+from headwater.runs import Lease, Run
 from headwater.streams import connect
 from headwater.streams.redis import RedisStreamLog, SyncMetaReader, read_status_sync
 from support.own_redis import CERTIFICATE, frozen, own_redis, tls_in_front_of
@@ -189,8 +189,15 @@ class TestTrouble:
             await world.raw.config_set("maxmemory", 1)
             with pytest.raises(LogUnavailable, match="memory"):
                 await world.log.append(lease, numbered(3, 4))
+            news = [new_run() for _ in range(3)]
             with pytest.raises(LogUnavailable):
-                await world.log.open(new_run(), 15)
+                await world.log.open(news[0], 15)
+            with pytest.raises(LogUnavailable):
+                await world.log.claim(news[1], "worker")
+            with pytest.raises(LogUnavailable):
+                await world.log.restore(Lease(news[2].id, 1, "worker", "e1", 0), news[2], numbered(1, 2))
+            # A log that is there, but not due for anybody, would wait for ever.
+            assert await world.log.metas([new.id for new in news]) == [None, None, None]
             assert seqs(await world.events(run.id)) == [1, 2]
             await world.raw.config_set("maxmemory", 0)
             assert (await world.log.append(lease, numbered(3, 4))).count == 4

@@ -57,6 +57,10 @@ class World(ABC):
         """The server came back with an older state of the log."""
 
     @abstractmethod
+    async def lose_sight(self, run_id: str) -> None:
+        """An index of what may be due lost this run."""
+
+    @abstractmethod
     async def look_soon(self, run_id: str) -> None:
         """An index of what may be due names this run before its time: it must be asked, not trusted."""
 
@@ -99,6 +103,9 @@ class MemoryWorld(World):
     async def lose_tail(self, run_id: str, keep: int) -> None:
         del self.memory._logs[run_id].events[keep:]
 
+    async def lose_sight(self, run_id: str) -> None:
+        """It has no such index."""
+
     async def look_soon(self, run_id: str) -> None:
         """It has no such index."""
 
@@ -134,6 +141,9 @@ class RedisWorld(World):
     async def lose_tail(self, run_id: str, keep: int) -> None:
         await self.raw.ltrim(keys.chunks(run_id), 0, keep - 1)
         await self.raw.hset(keys.metadata(run_id), "chunk_count", keep)
+
+    async def lose_sight(self, run_id: str) -> None:
+        await self.raw.zrem(keys.DUE, run_id)
 
     async def look_soon(self, run_id: str) -> None:
         await self.raw.zadd(keys.DUE, {run_id: 0})

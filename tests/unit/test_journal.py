@@ -18,13 +18,15 @@ import pytest
 import pytest_asyncio
 
 from headwater.clock import FrozenClock
-from headwater.errors import JournalUnavailable, RecordRefused
+from headwater.errors import ChatBusy, JournalUnavailable, RecordRefused
 from headwater.ids import new_id
 from headwater.journal import Journal, Key
 from headwater.journal import file as journal_file
 from headwater.messages import Chat, Message, Role
 from headwater.records import Record
+from headwater.runs import RunState
 from headwater.telemetry import Telemetry
+from support.runs import new_run
 
 CHAT = new_id()
 
@@ -266,6 +268,100 @@ async def test_two_processes_agree_who_won_each_key(case: Case) -> None:
     }
     assert set(await case.waiting()) == kept
     assert len(kept) == 100
+
+
+async def test_of_two_processes_that_looked_at_a_chat_one_begins_a_run(case: Case) -> None:
+    other = case.another()
+    await other.open()
+    try:
+        for _ in range(20):
+            chat_id = new_id()
+            journals = (case.journal, other)
+            looks = [await journal.look(chat_id) for journal in journals]
+            runs = [new_run(chat_id=chat_id) for _ in journals]
+            adds = [
+                journal.add([said(chat_id=chat_id), Record.of(run)], key(run.id, run.id), look)
+                for journal, run, look in zip(journals, runs, looks, strict=True)
+            ]
+            one, two = await asyncio.gather(*adds, return_exceptions=True)
+            busy, winner = (one, runs[1]) if isinstance(one, BaseException) else (two, runs[0])
+            assert isinstance(busy, ChatBusy)
+            assert busy.extra == {"task_id": winner.id}
+            kept = await other.kept(chat_id)
+            assert [record.id for record in kept if record.kind == "run"] == [winner.id]
+            assert len(kept) == 2, "nothing of the loser is left"
+            loser = runs[0] if winner is runs[1] else runs[1]
+            assert await other.find_key("local", loser.id) is None
+    finally:
+        await other.close()
+
+
+async def test_what_an_earlier_run_still_says_is_no_new_one(case: Case) -> None:
+    run = new_run(chat_id=CHAT)
+    await case.journal.append([Record.of(run)])
+    look = await case.journal.look(CHAT)
+    await case.journal.append([Record.of(run.started(1, 2)), said(), Record.of(new_run())])
+    assert (await case.journal.add([said()], None, look)).positions
+
+
+async def test_the_same_key_is_told_before_the_chat_is_busy(case: Case) -> None:
+    look = await case.journal.look(CHAT)
+    run = new_run(chat_id=CHAT)
+    assert await case.journal.append([Record.of(run)], key(run_id=run.id)) is None
+    earlier = (await case.journal.add([Record.of(new_run(chat_id=CHAT))], key(), look)).earlier
+    assert earlier is not None
+    assert earlier.run_id == run.id
+
+
+async def test_unfinished_runs_are_those_whose_newest_record_has_no_end(case: Case) -> None:
+    queued, running, ended = new_run(), new_run(), new_run()
+    await case.journal.append([Record.of(run) for run in (queued, running, ended)])
+    again = ended.started(1, 2)
+    await case.journal.append([Record.of(running.started(1, 2)), Record.of(again)])
+    await case.journal.append([Record.of(again.ended(RunState.DONE, 3))])
+    # Journalled a second time, as after a store that went away: one run all the same.
+    await case.journal.append([Record.of(queued)])
+    assert await case.journal.unfinished(older_than=60, limit=10) == []
+    case.clock.advance(61)
+    found = await case.journal.unfinished(older_than=60, limit=10)
+    assert sorted((record.id, record.version) for record in found) == sorted([(queued.id, 0), (running.id, 5)])
+    await case.journal.mark_synced([entry.position for entry in await case.journal.unsynced(100)])
+    assert await case.journal.unfinished(older_than=60, limit=10) == []
+
+
+async def test_a_noted_cancel_stays_until_it_is_dropped_also_across_processes(case: Case) -> None:
+    for run_id in ("one", "two", "one"):
+        await case.journal.note_cancel(run_id)
+        case.clock.advance(1)
+    await case.journal.close()
+    again = case.another()
+    await again.open()
+    try:
+        assert await again.cancels(10) == ["one", "two"]
+        assert await again.cancels(1) == ["one"]
+        await again.drop_cancels(["one"])
+        assert await again.cancels(10) == ["two"]
+        case.clock.advance(10)
+        await again.prune(case.clock.now_ms())
+        assert await again.cancels(10) == []
+    finally:
+        await again.close()
+
+
+async def test_a_file_of_the_first_layout_is_taken_over(case: Case) -> None:
+    record = said()
+    await case.journal.append([record])
+    await case.journal.close()
+    case.alter("DROP TABLE cancels")
+    case.alter("PRAGMA user_version = 1")
+    later = case.another()
+    await later.open()
+    try:
+        await later.note_cancel("run")
+        assert await later.cancels(10) == ["run"]
+        assert ids(await later.overlay()) == [record.id]
+    finally:
+        await later.close()
 
 
 async def test_what_was_acknowledged_is_there_after_a_kill(case: Case) -> None:

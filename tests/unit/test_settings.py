@@ -74,6 +74,14 @@ def test_a_bad_value_is_an_error_that_names_the_variable(
         assert value not in str(error.value)
 
 
+def test_a_failpoint_needs_debug(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADWATER_FAILPOINT", "accept.journalled")
+    with pytest.raises(SettingsError, match="DEBUG"):
+        load_settings()
+    monkeypatch.setenv("DEBUG", "1")
+    assert load_settings().failpoint == "accept.journalled"
+
+
 def test_secrets_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OPENAI_API_KEY", "HEADWATER_ACCESS_TOKEN", "DATABASE_URL"):
         monkeypatch.setenv(name, "very-secret-value")

@@ -67,6 +67,27 @@ class Yard:
         return run
 
 
+async def test_a_run_that_the_log_lost_sight_of_is_pointed_out_to_it() -> None:
+    reminded: list[str] = []
+
+    class Blind(MemoryStreamLog):
+        async def remind(self, run_ids: Sequence[str], seconds: float) -> None:
+            assert seconds == GRACE
+            reminded.extend(run_ids)
+
+    yard = Yard()
+    yard.log = Blind(ttl=3600, lease_seconds=10, clock=yard.clock)
+    yard.sweeper = yard.new_sweeper()
+    queued, held, dropped, unknown = (new_run() for _ in range(4))
+    await yard.log.open(queued, GRACE)
+    await yard.log.claim(dropped, "w")
+    yard.clock.advance(11)
+    await yard.log.claim(held, "w")
+    yard.rows = [queued, held, dropped, unknown, await yard.ended()]
+    await yard.sweeper.sweep()
+    assert reminded == [queued.id, dropped.id]
+
+
 async def test_a_run_that_nobody_claimed_in_time_is_enqueued_again() -> None:
     yard = Yard()
     run = new_run()

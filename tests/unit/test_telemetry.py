@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
-from headwater.telemetry import METRICS, Telemetry
+from headwater.errors import SettingsError
+from headwater.telemetry import METRICS, STEPS, Telemetry, arm
 
 
 def test_every_metric_of_the_table_is_exposed() -> None:
@@ -32,3 +36,34 @@ def test_listeners_hear_what_is_counted() -> None:
     telemetry.listen(lambda name, value, labels: heard.append((name, value, labels)))
     telemetry.count("headwater_runs_accepted_total", kind="chat")
     assert heard == [("headwater_runs_accepted_total", 1, {"kind": "chat"})]
+
+
+def test_listeners_hear_of_every_step_of_the_table() -> None:
+    telemetry = Telemetry()
+    heard: list[str] = []
+    telemetry.listen(lambda name, value, labels: heard.append(name))
+    for step in STEPS:
+        telemetry.step(step.name)
+    assert heard == [step.name for step in STEPS]
+    with pytest.raises(KeyError):
+        telemetry.step("accept.dreamt")
+
+
+@pytest.mark.parametrize("failpoint", ["accept.dreamt", "accept.stored:x", "", "headwater_up"])
+def test_a_failpoint_that_does_not_exist_is_refused_by_name(failpoint: str) -> None:
+    with pytest.raises(SettingsError, match="accept.journalled"):
+        arm(Telemetry(), failpoint)
+
+
+def test_a_failpoint_ends_the_process_at_its_nth_time_and_not_before() -> None:
+    script = (
+        "from headwater.telemetry import Telemetry, arm\n"
+        "telemetry = Telemetry()\n"
+        "arm(telemetry, 'finish.saved:2')\n"
+        "for name in ('finish.saved', 'finish.told', 'finish.saved', 'finish.told'):\n"
+        "    print(name, flush=True)\n"
+        "    telemetry.step(name)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert ended.returncode == 137
+    assert ended.stdout.split() == ["finish.saved", "finish.told", "finish.saved"]

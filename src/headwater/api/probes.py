@@ -65,6 +65,9 @@ class Probes:
 
     async def postgres(self) -> Mapping[str, Any]:
         await self._store.ping()
+        if self._syncer.away:
+            # Read-only, locked, full: it answers, and yet nothing gets in.
+            return {"ok": False, "detail": "PostgreSQL answers but takes no rows. Its own log says why."}
         if not self._migrated and (self._asking is None or self._asking.done()):
             self._asking = asyncio.create_task(asyncio.to_thread(_is_up_to_date, self._settings.need_database()))
             self._asking.add_done_callback(self._told)

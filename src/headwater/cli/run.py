@@ -124,5 +124,7 @@ def beat(parent: Parent = None) -> None:
 
 
 def _celery(app: Any, settings: Settings, arguments: list[str]) -> None:
+    from headwater.queue import run_command
+
     # --quiet leaves out Celery's banner, not its log.
-    sys.exit(app.start(["--quiet", *arguments, f"--loglevel={'DEBUG' if settings.debug else 'INFO'}"]))
+    sys.exit(run_command(app, ["--quiet", *arguments, f"--loglevel={'DEBUG' if settings.debug else 'INFO'}"]))

@@ -183,6 +183,13 @@ class StreamLog(ABC):
         """
 
     @abstractmethod
+    async def remind(self, run_ids: Sequence[str], seconds: float) -> None:
+        """Have `due` look at these runs after so many seconds, should it have lost sight of them.
+
+        Changes nothing for a run that it has in sight.
+        """
+
+    @abstractmethod
     async def forget(self, run_id: str) -> None:
         """Remove the log and all about the run, at once."""
 

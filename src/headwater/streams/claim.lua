@@ -30,16 +30,20 @@ local info = redis.pcall('INFO', 'server')
 local server = type(info) == 'string' and string.match(info, 'run_id:(%x+)') or ''
 local restarted = known[8] and known[8] ~= server
 local count = redis.call('LLEN', KEYS[2])
-if not epoch or restarted or count ~= tonumber(known[7]) then
-  redis.call('DEL', KEYS[2])
+local anew = not epoch or restarted or count ~= tonumber(known[7])
+if anew then
   epoch, count = ARGV[3], 0
 end
 
 attempt = math.max(attempt, tonumber(ARGV[2])) + 1
+-- First, because a full server refuses this and, after any other write, nothing more: all or nothing.
 redis.call('HSET', KEYS[1],
   'status', 'running', 'epoch', epoch, 'attempt', attempt, 'holder', ARGV[1], 'lease_until', now + ARGV[8],
   'owner_id', ARGV[4], 'kind', ARGV[5], 'chat_id', ARGV[6], 'chunk_count', count, 'server', server,
   'updated_at', now)
+if anew then
+  redis.call('DEL', KEYS[2])
+end
 redis.call('HSETNX', KEYS[1], 'created_at', now)
 redis.call('HSETNX', KEYS[1], 'started_at', now)
 redis.call('HSETNX', KEYS[1], 'cancel', 0)

@@ -193,6 +193,9 @@ class MemoryStreamLog(StreamLog):
         waiting.sort(key=lambda log: log.due_at)
         return [Due(log.run.id, log.run, self._meta(log)) for log in waiting[:limit]]
 
+    async def remind(self, run_ids: Sequence[str], seconds: float) -> None:
+        """It looks at the logs themselves and can lose sight of none."""
+
     async def beat(self, worker: str, seconds: float) -> None:
         self._workers[worker] = self._clock.now_ms() + round(seconds * 1000)
 

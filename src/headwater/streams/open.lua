@@ -15,13 +15,14 @@ end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
--- What is left of a log without its hash cannot be trusted: its epoch is gone.
-redis.call('DEL', KEYS[2])
+-- First, because a full server refuses this and, after any other write, nothing more: all or nothing.
 redis.call('HSET', KEYS[1],
   'status', 'queued', 'epoch', ARGV[1], 'attempt', ARGV[2],
   'owner_id', ARGV[3], 'kind', ARGV[4], 'chat_id', ARGV[5],
   'chunk_count', 0, 'cancel', 0, 'holder', '', 'lease_until', 0,
   'created_at', now, 'updated_at', now)
+-- What is left of a log without its hash cannot be trusted: its epoch is gone.
+redis.call('DEL', KEYS[2])
 redis.call('EXPIRE', KEYS[1], ARGV[7])
 redis.call('SET', KEYS[3], ARGV[6], 'EX', ARGV[7])
 return 'new'

@@ -232,6 +232,10 @@ class RedisStreamLog(StreamLog):
             await self._send(*corrections)
         return found
 
+    async def remind(self, run_ids: Sequence[str], seconds: float) -> None:
+        if run_ids:
+            await self._send(*(self._schedule(run_id, seconds, only_new=True) for run_id in run_ids))
+
     async def beat(self, worker: str, seconds: float) -> None:
         await self._send(self._scripts.schedule(keys.WORKERS, worker, math.ceil(seconds * 1000), self._live_ttl, ""))
 

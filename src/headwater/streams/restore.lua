@@ -33,13 +33,15 @@ if status == 'done' or status == 'failed' or status == 'cancelled' then
   end
   return {'closed'}
 end
+
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+-- First, because a full server refuses this and, after any other write, nothing more: all or nothing.
+redis.call('HSET', KEYS[1], 'updated_at', now)
 if epoch ~= ARGV[2] then
   redis.call('DEL', KEYS[2])
   count = 0
 end
-
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
 for i = BEFORE + 1 + count, #ARGV, 4000 do
   redis.call('RPUSH', KEYS[2], unpack(ARGV, i, math.min(i + 3999, #ARGV)))
 end

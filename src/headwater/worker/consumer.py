@@ -23,7 +23,7 @@ class LastingConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         # What an acknowledgement over a broken connection may raise: logged, and the worker goes on.
-        self.connection_errors = (*self.connection_errors, AttributeError)
+        self.connection_errors: tuple[type[Exception], ...] = (*self.connection_errors, AttributeError)
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """Take the broken connection apart; Celery reconnects afterwards."""

@@ -1,0 +1,122 @@
+"""A cancel that was promised happens: while Redis is away, comes back empty, and when the server dies meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from headwater.errors import NotFound
+from headwater.intake import CANCELLING
+from headwater.messages import MessageStatus
+from headwater.runs import RunState
+from support.house import ME, STRANGER, House, make_house
+from support.own_redis import OwnRedis, frozen, own_redis
+from support.reader import Reader, ask, row_of
+from support.stack import StackMaker
+from support.wait import eventually
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[OwnRedis]:
+    with own_redis(tmp_path) as server:
+        yield server
+
+
+async def kept(house: House) -> None:
+    """Until no promise is left."""
+
+    async def none_left() -> bool:
+        return not await house.journal.cancels(10)
+
+    await eventually(none_left, 20)
+
+
+async def test_a_worker_is_told_when_redis_answers_again(own: OwnRedis, database_url: str, tmp_path: Path) -> None:
+    async with make_house(own.url(), database_url, tmp_path) as house:
+        chat = await house.intake.create_chat(ME)
+        accepted = await house.intake.send(ME, chat.id, "wait")
+        working = house.begin()
+        await eventually(lambda: house.asked)
+        with frozen(own):
+            with pytest.raises(NotFound):
+                await house.intake.cancel(STRANGER, accepted.task_id)
+            for _ in range(2):
+                stopped = await asyncio.wait_for(house.intake.cancel(ME, accepted.task_id), 5)
+                assert stopped.status == CANCELLING
+            assert await house.journal.cancels(10) == [accepted.task_id]
+        ended = await asyncio.wait_for(working, 20)
+        assert ended is not None
+        assert ended.state is RunState.CANCELLED
+        await kept(house)
+        answer = (await house.reading.get_chat(ME, chat.id)).messages[-1]
+        assert (answer.content, answer.status) == ("You said: ", MessageStatus.CANCELLED)
+
+
+async def test_a_worker_whose_redis_comes_back_empty_keeps_what_it_said(
+    own: OwnRedis, database_url: str, tmp_path: Path
+) -> None:
+    async with make_house(own.url(), database_url, tmp_path) as house:
+        chat = await house.intake.create_chat(ME)
+        accepted = await house.intake.send(ME, chat.id, "wait")
+        working = house.begin()
+
+        async def spoken() -> bool:
+            page = await house.log.read(accepted.task_id, 0, 10)
+            return page is not None and any(event.type == "content" for event in page.events)
+
+        await eventually(spoken)
+        own.stop()
+        assert (await house.intake.cancel(ME, accepted.task_id)).status == CANCELLING
+        own.start()
+        ended = await asyncio.wait_for(working, 30)
+        assert ended is not None
+        assert (ended.state, ended.attempt) == (RunState.CANCELLED, 1)
+        await kept(house)
+        answer = (await house.reading.get_chat(ME, chat.id)).messages[-1]
+        assert (answer.content, answer.status) == ("You said: ", MessageStatus.CANCELLED)
+
+
+async def test_a_queued_run_is_ended_by_the_next_server_on_the_same_journal(
+    own: OwnRedis, database_url: str, tmp_path: Path
+) -> None:
+    async with make_house(own.url(), database_url, tmp_path) as house:
+        chat = await house.intake.create_chat(ME)
+        accepted = await house.intake.send(ME, chat.id, "hello")
+        own.stop()
+        assert (await house.intake.cancel(ME, accepted.task_id)).status == CANCELLING
+    own.start()
+    async with make_house(own.url(), database_url, tmp_path) as house:
+        await kept(house)
+        assert (await house.reading.run_view(ME, accepted.task_id)).state is RunState.CANCELLED
+        assert (await house.intake.cancel(ME, accepted.task_id)).status == "cancelled"
+        answer = (await house.reading.get_chat(ME, chat.id)).messages[-1]
+        assert answer.status is MessageStatus.CANCELLED
+        await house.intake.send(ME, chat.id, "next")
+
+
+async def test_a_server_killed_after_its_promise_leaves_it_to_the_next(make_stack: StackMaker) -> None:
+    stack = await make_stack()
+    assert stack.redis_server is not None
+    async with stack.client() as http:
+        accepted = await ask(http, "Stop me. [[scenario:slow]]")
+        reader = Reader(stack.base_url, accepted["task_id"])
+        reading = asyncio.create_task(reader.read())
+        await eventually(lambda: len(reader.text) > 20)
+        os.kill(stack.redis_server.pid, signal.SIGSTOP)
+        try:
+            begun = asyncio.get_running_loop().time()
+            stopped = await http.post(f"/api/task/{accepted['task_id']}/cancel")
+            print(f"cancel with Redis frozen: {asyncio.get_running_loop().time() - begun:.2f} s")
+            assert (stopped.status_code, stopped.json()["status"]) == (202, CANCELLING)
+            stack.server.kill()
+        finally:
+            os.kill(stack.redis_server.pid, signal.SIGCONT)
+        await stack.server.start()
+        await reading
+    assert reader.end == "cancelled"
+    assert row_of(stack, accepted["message_id"]) == ("cancelled", reader.text)
