@@ -6,6 +6,7 @@ Each check is on its own: one that fails, for whatever reason, becomes a finding
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import shutil
@@ -27,6 +28,8 @@ from headwater.store import migrate
 from headwater.store.probe import PostgresFacts, postgres_facts
 from headwater.streams.probe import RedisFacts, redis_facts
 from headwater.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
 
 #: Seconds one check may take.
 PATIENCE: Final = 15.0
@@ -63,9 +66,9 @@ class Finding:
     advice: str = ""
 
 
-async def examine(settings: Settings, *, clock: Clock) -> list[Finding]:
-    """Every check, in the order of the report."""
-    findings = [check_versions(), *check_settings(settings)]
+async def examine(settings: Settings, *, clock: Clock, running: str | None = None) -> list[Finding]:
+    """Every check, in the order of the report. `running`: where a `headwater up` on the data folder answers."""
+    findings = [check_versions(), *check_settings(settings, running)]
     clocks: dict[str, int] = {}
     findings += await _guarded("Redis", lambda: _redis(settings, clocks, clock))
     findings += await _guarded("PostgreSQL", lambda: _postgres(settings, clocks, clock))
@@ -83,6 +86,11 @@ async def _guarded(name: str, check: Callable[[], Awaitable[list[Finding]]]) -> 
         return [Finding(name, Verdict.BAD, str(error), type(error).__doc__ or "")]
     except TimeoutError:
         return [Finding(name, Verdict.BAD, f"no answer in {PATIENCE:g} s", "Is it stopped, or is a firewall between?")]
+    except Exception as error:
+        # Whatever it is, the other checks are still worth having.
+        logger.debug("the check of %s failed", name, exc_info=True)
+        text = f"the check itself failed: {type(error).__name__}"
+        return [Finding(name, Verdict.BAD, text, "DEBUG=1 logs where.")]
 
 
 def check_versions() -> Finding:
@@ -95,7 +103,7 @@ def check_versions() -> Finding:
     return Finding("Versions", Verdict.GOOD, text)
 
 
-def check_settings(settings: Settings) -> list[Finding]:
+def check_settings(settings: Settings, running: str | None = None) -> list[Finding]:
     """Combinations that expose or lose something."""
     findings = []
     try:
@@ -120,7 +128,8 @@ def check_settings(settings: Settings) -> list[Finding]:
         findings.append(
             Finding("Settings", Verdict.WARN, f"OPENAI_API_KEY goes unencrypted to {base}", "Use an https:// address.")
         )
-    return findings or [Finding("Settings", Verdict.GOOD, f"binds {settings.host}:{settings.port}, {_lock(settings)}")]
+    place = f"`headwater up` answers at {running}" if running else f"binds {settings.host}:{settings.port}"
+    return findings or [Finding("Settings", Verdict.GOOD, f"{place}, {_lock(settings)}")]
 
 
 def _lock(settings: Settings) -> str:

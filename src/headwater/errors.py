@@ -204,8 +204,7 @@ class JournalBusy(JournalUnavailable):
 
 
 class JournalDamaged(JournalUnavailable):
-    """The journal's file is damaged and left as it is. See `headwater journal status`, then
-    `headwater journal salvage`."""
+    """The journal's file is damaged and left as it is. Stop what uses it and run `headwater journal salvage`."""
 
     code = "journal_damaged"
     title = "The journal is damaged"

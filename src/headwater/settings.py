@@ -5,12 +5,16 @@ from __future__ import annotations
 import ipaddress
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from headwater.errors import SettingsError
+
+#: `memory` is for tests and demonstrations in one process.
+_REDIS_SCHEMES: Final = frozenset({"redis", "rediss", "unix", "memory"})
 
 
 def _default_data_dir() -> Path:
@@ -22,7 +26,13 @@ class Settings(BaseSettings):
     """Read once, at a composition root, from the environment and `.env`; frozen afterwards."""
 
     model_config = SettingsConfigDict(
-        env_file=".env", extra="ignore", frozen=True, populate_by_name=True, env_ignore_empty=True
+        env_file=".env",
+        extra="ignore",
+        frozen=True,
+        populate_by_name=True,
+        env_ignore_empty=True,
+        # A URL may carry a password.
+        hide_input_in_errors=True,
     )
 
     # The model.
@@ -47,7 +57,11 @@ class Settings(BaseSettings):
 
     # The servers.
     redis_url: str | None = Field(
-        None, alias="REDIS_URL", description="Redis for the broker and the logs. Unset: `headwater up` starts its own."
+        None,
+        alias="REDIS_URL",
+        # It may carry a password.
+        repr=False,
+        description="Redis for the broker and the logs. Unset: `headwater up` starts its own.",
     )
     database_url: SecretStr | None = Field(
         None, alias="DATABASE_URL", description="PostgreSQL. Unset: `headwater up` starts its own."
@@ -156,6 +170,25 @@ class Settings(BaseSettings):
     def _absolute(cls, value: Path | None) -> Path | None:
         # Child processes and unix sockets need a path that means the same everywhere.
         return value.expanduser().absolute() if value is not None else None
+
+    @field_validator("redis_url")
+    @classmethod
+    def _of_redis(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            parts = urlsplit(value)
+            # Reading the port checks it.
+            known = parts.scheme in _REDIS_SCHEMES and (parts.port is None or bool(parts.hostname))
+        except ValueError:
+            known = False
+        if not known:
+            # Without the value: it may carry a password.
+            raise ValueError(
+                "is no address of a Redis server; it begins with redis://, rediss:// or unix://, "
+                "e.g. redis://127.0.0.1:6379/0, and special characters of a password are percent-encoded"
+            )
+        return value
 
     @field_validator("worker_pool")
     @classmethod

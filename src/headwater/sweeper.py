@@ -123,8 +123,11 @@ class Sweeper(Service):
         if key in self._rung:
             return 0
         self._rung[key] = now
-        # A further grace, so that another process's sweeper does not ring as well.
-        await self._log.open(due.run, self._grace)
+        # A further grace, so that another process's sweeper does not ring as well. A run that no worker has had
+        # yet most likely stands in a long queue still: it is rung for at 15, 30, 60 … seconds of age, because
+        # every bell lies in Redis until a worker comes to it.
+        age = (self._clock.now_ms() - due.run.created_at) / 1000 if not key[1] else 0.0
+        await self._log.open(due.run, max(self._grace, age))
         self._enqueue(due.run)
         self._acted("enqueued")
         logger.info("Run %s is held by nobody and enqueued again, attempt %d so far", *key)

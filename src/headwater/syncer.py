@@ -70,6 +70,17 @@ class Syncer(Service):
             await self._stored(added.positions[-1], wait)
         return None
 
+    async def keep(self, records: Sequence[Record], *, wait: float = 1.0) -> None:
+        """`save` for what has happened already, such as an answer that was given: it must be kept somewhere.
+
+        When the journal has no room, PostgreSQL gets it at once. Raises StoreUnavailable when it is away too.
+        """
+        try:
+            await self.save(records, wait=wait)
+        except JournalUnavailable as error:
+            logger.warning("PostgreSQL gets %d records past the journal: %s", len(records), error)
+            await self._store.apply(records)
+
     async def sync(self) -> int:
         """Apply everything that waits now; the number applied.
 

@@ -53,7 +53,9 @@ SETTINGS: Final[Mapping[str, str]] = {
     "HEADWATER_WORKER_CONCURRENCY": "32",
 }
 
-_RUNS: Final = "SELECT id::text, state, attempt, idempotency_key FROM runs ORDER BY created_at, id"
+_RUNS: Final = """
+    SELECT id::text, state, attempt, idempotency_key, error ->> 'code' AS code FROM runs ORDER BY created_at, id
+"""
 _MESSAGES: Final = """
     SELECT id::text, chat_id::text, role, content, status, run_id::text FROM messages ORDER BY chat_id, created_at, id
 """

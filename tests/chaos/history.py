@@ -72,7 +72,7 @@ class History:
     #: Idempotency-Keys of requests whose reply never came: they may or may not stand for a run.
     unanswered: set[str] = field(default_factory=set)
     readers: list[Reader] = field(default_factory=list)
-    #: Rows of PostgreSQL: id, state, attempt, idempotency_key.
+    #: Rows of PostgreSQL: id, state, attempt, idempotency_key, and the error's code.
     runs: list[Mapping[str, Any]] = field(default_factory=list)
     #: Rows of PostgreSQL, each chat's in its order: id, chat_id, role, content, status, run_id.
     messages: list[Mapping[str, Any]] = field(default_factory=list)
@@ -126,6 +126,7 @@ def check(history: History) -> list[Violation]:
         *_text_is_what_is_stored(history),
         *_answers_are_whole(history),
         *_chats_are_in_order(history),
+        *_failures_have_a_name(history),
         *(Violation("degrades by name", complaint) for complaint in history.complaints),
     ]
 
@@ -259,6 +260,12 @@ def _chats_are_in_order(history: History) -> Iterable[Violation]:
             yield Violation("in order", f"the questions of chat {chat_id} are not stored in the order they were asked")
 
 
+def _failures_have_a_name(history: History) -> Iterable[Violation]:
+    for row in history.runs:
+        if row["state"] == "failed" and row["code"] in {None, "internal"}:
+            yield Violation("degrades by name", f"run {row['id']} failed with the code {row['code']}")
+
+
 def _short(text: str) -> str:
     return repr(text) if len(text) < 80 else f"{text[:40]!r}…{text[-30:]!r} ({len(text)} characters)"
 
@@ -277,6 +284,7 @@ def summary(history: History) -> dict[str, Any]:
         "attempts": sum(row["attempt"] for row in history.runs),
         "most_attempts": max((row["attempt"] for row in history.runs), default=0),
         "states": dict(states),
+        "failures": dict(Counter(row["code"] for row in history.runs if row["state"] == "failed")),
         "longest_silence": max(map(_longest_silence, history.readers), default=(0.0, 0, "")),
     }
 

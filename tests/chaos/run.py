@@ -92,6 +92,15 @@ class Outcome:
         names = {blow.fault.name for blow in self.blows if blow.began < ended and blow.mended > began}
         return f"during {', '.join(sorted(names))}" if names else "without a fault"
 
+    def undisturbed(self) -> list[float]:
+        """Seconds of the requests during which servers and network were whole: what Redis and PostgreSQL may cost."""
+        outer = [blow for blow in self.blows if blow.fault.part in {"servers", "network"}]
+        return [
+            took
+            for began, took in self.requests
+            if not any(blow.began < began + took and blow.mended > began for blow in outer)
+        ]
+
     def timeline(self) -> str:
         """Every fault with its times in Unix milliseconds, as events have them."""
         return "\n".join(
@@ -106,13 +115,16 @@ class Outcome:
         plan = self.plan
         slowest = sorted(self.requests, key=lambda one: -one[1])[:5]
         silence, at = figures["longest_silence"][0], figures["longest_silence"][1] / 1000 - self.wall
+        failures = ", ".join(f"{count} {code}" for code, count in sorted(figures["failures"].items()))
         lines = [
             f"seed {plan.seed}: {plan.seconds:.0f} s of faults, at most {plan.at_once} at once; {plan.clients} clients",
             f"  promises    {figures['promises']} ({states})",
+            f"  failures    {failures or '-'}",
             f"  attempts    {figures['attempts']}, at most {figures['most_attempts']} of one run",
             f"  readers     {figures['readers']} over {figures['connections']} connections",
             f"  events      {figures['events']}, {figures['resets']} resets",
             f"  202 after   {_spread([took for _, took in self.requests])} s",
+            f"              {_spread(self.undisturbed())} s where neither server nor network was at fault",
             f"              {_spread(self.accepted_after)} s with lost replies",
             *(f"              {took:.1f} s {self.during(began, began + took)}" for began, took in slowest),
             f"  silence     {silence:.1f} s at most inside a run {self.during(at, at + silence)}",

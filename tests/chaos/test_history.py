@@ -24,7 +24,7 @@ def right() -> History:
             Reader("anna", "sse", "r", list(events), finished=True),
             Reader("bert", "poll", "r", list(events), finished=True),
         ],
-        runs=[{"id": "r", "state": "done", "attempt": 1, "idempotency_key": "key-1"}],
+        runs=[{"id": "r", "state": "done", "attempt": 1, "idempotency_key": "key-1", "code": None}],
         messages=[
             {"id": "q", "chat_id": "c", "role": "user", "content": "count", "status": "done", "run_id": None},
             {"id": "a", "chat_id": "c", "role": "assistant", "content": ANSWER, "status": "done", "run_id": "r"},
@@ -127,11 +127,11 @@ def store_the_answer_twice(history: History) -> None:
 
 
 def run_it_twice(history: History) -> None:
-    history.runs.append({"id": "r2", "state": "done", "attempt": 1, "idempotency_key": "key-1"})
+    history.runs.append({"id": "r2", "state": "done", "attempt": 1, "idempotency_key": "key-1", "code": None})
 
 
 def run_what_nobody_asked(history: History) -> None:
-    history.runs.append({"id": "r2", "state": "done", "attempt": 1, "idempotency_key": None})
+    history.runs.append({"id": "r2", "state": "done", "attempt": 1, "idempotency_key": None, "code": None})
 
 
 def cancel_what_nobody_stopped(history: History) -> None:
@@ -144,10 +144,17 @@ def cancel_what_nobody_stopped(history: History) -> None:
 def swap_two_questions(history: History) -> None:
     later = Promise("r2", "c", "a2", "q2", "again", ANSWER, "key-2")
     history.promises.append(later)
-    history.runs.append({"id": "r2", "state": "done", "attempt": 1, "idempotency_key": "key-2"})
+    history.runs.append({"id": "r2", "state": "done", "attempt": 1, "idempotency_key": "key-2", "code": None})
     question, answer = history.messages
     history.messages = [{**question, "id": "q2", "content": "again"}, question, answer]
     history.messages.append({**answer, "id": "a2", "run_id": "r2"})
+
+
+def fail_without_a_name(history: History) -> None:
+    history.runs[0] = {**history.runs[0], "state": "failed", "code": "internal"}
+    history.messages[1] = {**history.messages[1], "status": "failed"}
+    for reader in history.readers:
+        reader.events[-1] = Seen("e1", 5, "error", {"code": "internal"})
 
 
 def meet_an_internal_error(history: History) -> None:
@@ -176,6 +183,7 @@ WRONG: list[tuple[Callable[[History], None], str]] = [
     (run_what_nobody_asked, "one answer"),
     (cancel_what_nobody_stopped, "it ends"),
     (swap_two_questions, "in order"),
+    (fail_without_a_name, "degrades by name"),
     (meet_an_internal_error, "degrades by name"),
 ]
 

@@ -14,9 +14,16 @@ import pytest
 from typer.testing import CliRunner
 
 from headwater.cli import main
-from headwater.dev.place import Note, Place
+from headwater.clock import SystemClock
+from headwater.dev.place import Place
 from headwater.dev.services import Postgres
+from headwater.ids import new_id
+from headwater.journal import Journal
+from headwater.messages import Chat
+from headwater.note import Note, read_note
+from headwater.records import Record
 from headwater.settings import child_environment
+from headwater.telemetry import Telemetry
 from support.stack import Stack
 from support.wait import eventually
 
@@ -175,6 +182,40 @@ async def test_journal_status_and_sync_on_an_empty_journal(with_servers: Command
     code, output = await with_servers("journal", "sync")
     assert code == 0
     assert output.startswith("0 records were handed over")
+
+
+async def test_a_damaged_journal_is_explained_and_salvaged_when_told_so(with_servers: Command) -> None:
+    await with_servers("journal", "status")
+    assert await with_servers("journal", "salvage") == (
+        0,
+        f"The journal {with_servers.folder / 'data' / 'journal.db'} is well; there is nothing to salvage.\n",
+    )
+    file = with_servers.folder / "data" / "journal.db"
+    await fill(file)
+    content = file.read_bytes()
+    # One of the pages that hold rows.
+    page = content.index(b"x" * 200) // 4096 * 4096
+    damaged = content[:page] + b"\xff" * 4096 + content[page + 4096 :]
+    file.write_bytes(damaged)
+    code, output = await with_servers("journal", "status")
+    assert (code, "headwater journal salvage" in output) == (1, True), output
+    code, _ = await with_servers("journal", "salvage", answer="n\n")
+    assert code == 1
+    assert file.read_bytes() == damaged
+    code, output = await with_servers("journal", "salvage", "--yes")
+    assert code == 0, output
+    assert "for PostgreSQL" in output
+    code, output = await with_servers("journal", "status")
+    assert code == 0, output
+    assert [path.read_bytes() for path in file.parent.glob("journal.db.damaged-*[0-9]")] == [damaged]
+
+
+async def fill(file: Path) -> None:
+    journal = Journal(file, clock=SystemClock(), telemetry=Telemetry())
+    await journal.open()
+    for number in range(50):
+        await journal.append([Record.of(Chat(new_id(), "local", number, number, title="x" * 200))])
+    await journal.close()
 
 
 async def test_doctor_finds_a_whole_system_well(with_servers: Command) -> None:

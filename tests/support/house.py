@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,13 +161,18 @@ async def make_house(
 def frozen(pid: int) -> Iterator[None]:
     """A process and all below it, stopped as by a debugger: it neither answers nor closes a connection."""
     family = [pid, *_below(pid)]
-    for each in family:
-        os.kill(each, signal.SIGSTOP)
+    _tell(family, signal.SIGSTOP)
     try:
         yield
     finally:
-        for each in family:
-            os.kill(each, signal.SIGCONT)
+        _tell(family, signal.SIGCONT)
+
+
+def _tell(family: list[int], what: signal.Signals) -> None:
+    for each in family:
+        # A session of PostgreSQL's may end in between.
+        with suppress(ProcessLookupError):
+            os.kill(each, what)
 
 
 def _below(pid: int) -> list[int]:

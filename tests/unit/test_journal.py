@@ -18,10 +18,11 @@ import pytest
 import pytest_asyncio
 
 from headwater.clock import FrozenClock
-from headwater.errors import ChatBusy, JournalUnavailable, RecordRefused
+from headwater.errors import ChatBusy, JournalBusy, JournalDamaged, JournalUnavailable, RecordRefused
 from headwater.ids import new_id
 from headwater.journal import Journal, Key
 from headwater.journal import file as journal_file
+from headwater.journal.salvage import salvage
 from headwater.messages import Chat, Message, Role
 from headwater.records import Record
 from headwater.runs import RunState
@@ -564,7 +565,7 @@ async def test_a_file_that_is_no_database_is_refused_and_left_alone(case: Case) 
 
     error = await refused(case)
     assert error.code == "journal_damaged"
-    assert "headwater journal status" in str(error)
+    assert "headwater journal salvage" in str(error)
     assert "aside" in str(error)
 
 
@@ -576,6 +577,78 @@ async def test_a_file_with_a_damaged_page_is_refused_and_left_alone(case: Case) 
             file.write(b"\xff" * 64)
 
     assert (await refused(case)).code == "journal_damaged"
+
+
+async def test_what_can_be_read_of_a_damaged_file_is_salvaged_and_the_file_is_kept(case: Case) -> None:
+    records = [said(f"number {number} " + "x" * 3000) for number in range(60)]
+    for number, record in enumerate(records):
+        await case.journal.append([record], key(str(number)))
+    await case.journal.note_cancel("run")
+    await case.journal.mark_synced([1, 2])
+    await case.journal.close()
+    # A page in the middle, which holds rows.
+    at = case.content().index(b"number 30 ")
+    content = bytearray(case.content())
+    content[at // 4096 * 4096 : at // 4096 * 4096 + 4096] = b"\xff" * 4096
+    case.path.write_bytes(content)
+    assert (await refused(case)).code == "journal_damaged"
+
+    done = salvage(case.path, "now")
+
+    assert done.aside.read_bytes() == bytes(content)
+    assert done.aside.name == "journal.db.damaged-now"
+    assert {path.name for path in case.path.parent.iterdir() if path.stat().st_size} == {
+        case.path.name,
+        done.aside.name,
+    }
+    later = case.another()
+    await later.open()
+    try:
+        kept = [entry.record.id for entry in await later.unsynced(100)]
+        lost = [record.id for record in records[2:] if record.id not in kept]
+        assert records[30].id in lost
+        assert 1 <= len(lost) <= 3
+        assert kept == [record.id for record in records[2:] if record.id in kept], "in order"
+        assert (done.records, done.waiting, done.missing) == (60 - len(lost), 58 - len(lost), len(lost))
+        assert await later.find_key("local", "59") is not None
+        assert await later.cancels(10) == ["run"]
+        assert (await later.add([said()])).positions == [61]
+    finally:
+        await later.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "title", "retryable"),
+    [
+        ("storage_full", 507, "There is no room to keep the message", True),
+        ("journal_busy", 503, "The journal is held by another process", True),
+        ("journal_damaged", 503, "The journal is damaged", False),
+        ("journal_unwritable", 503, "The journal cannot be used", True),
+        ("journal_moved", 503, "The journal cannot be used", True),
+    ],
+)
+def test_each_trouble_says_what_it_is(code: str, status: int, title: str, retryable: bool) -> None:
+    error = journal_file.unavailable("why", code)
+    assert isinstance(error, JournalUnavailable)
+    assert (error.code, error.status, error.title, error.retryable) == (code, status, title, retryable)
+
+
+async def test_a_journal_in_use_is_not_salvaged(case: Case) -> None:
+    await case.journal.append([said()])
+    before = sorted(path.name for path in case.path.parent.iterdir())
+    with pytest.raises(JournalBusy, match="Stop every server"):
+        await asyncio.to_thread(salvage, case.path, "now")
+    assert sorted(path.name for path in case.path.parent.iterdir()) == before
+    await case.journal.append([said()])
+
+
+async def test_a_file_of_which_nothing_can_be_read_stays_where_it_is(case: Case) -> None:
+    await case.journal.close()
+    case.path.write_bytes(b"no database" * 1000)
+    with pytest.raises(JournalDamaged):
+        salvage(case.path, "now")
+    assert case.content() == b"no database" * 1000
+    assert [path.name for path in case.path.parent.iterdir() if path.stat().st_size] == ["journal.db"]
 
 
 async def test_a_truncated_file_is_refused_and_left_alone(case: Case) -> None:

@@ -238,3 +238,13 @@ async def test_it_sweeps_by_itself_while_it_runs() -> None:
     yard.clock.advance(2)
     async with running(yard.sweeper):
         await eventually(lambda: yard.enqueued == [run.id])
+
+
+async def test_a_run_that_waits_in_a_long_queue_is_rung_for_more_and_more_rarely() -> None:
+    yard = Yard()
+    run = new_run(created_at=yard.clock.now_ms())
+    await yard.log.open(run, GRACE)
+    for _ in range(300):
+        yard.clock.advance(2)
+        await yard.sweeper.sweep(rows=False)
+    assert 4 <= len(yard.enqueued) <= 7

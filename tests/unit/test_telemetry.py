@@ -51,7 +51,7 @@ def test_listeners_hear_of_every_step_of_the_table() -> None:
 
 @pytest.mark.parametrize("failpoint", ["accept.dreamt", "accept.stored:x", "", "headwater_up"])
 def test_a_failpoint_that_does_not_exist_is_refused_by_name(failpoint: str) -> None:
-    with pytest.raises(SettingsError, match="accept.journalled"):
+    with pytest.raises(SettingsError, match=r"accept\.journalled"):
         arm(Telemetry(), failpoint)
 
 

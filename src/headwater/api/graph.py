@@ -7,8 +7,9 @@ a message means writing it there.
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Set
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 #: The parts without which nothing can be accepted.
 VITAL: Final = frozenset({"journal"})
+#: Seconds after the start at which a worker should be there.
+SETTLED: Final = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +120,7 @@ async def assemble(settings: Settings, telemetry: Telemetry) -> AsyncIterator[Gr
         runner = Runner(
             log,
             kinds,
-            partial(syncer.save, wait=settings.db_wait),
+            partial(syncer.keep, wait=settings.db_wait),
             known=overlay.run,
             history=replay.page,
             **common,
@@ -181,11 +184,18 @@ async def _servers(settings: Settings, telemetry: Telemetry, clock: Clock, stack
 class _FirstLook(Service):
     """Says once, in the log, what is missing. Beside the start, which waits for nobody."""
 
-    def __init__(self, checkup: Checkup) -> None:
+    def __init__(self, checkup: Checkup, settled: float = SETTLED) -> None:
         super().__init__()
         self._checkup = checkup
+        self._settled = settled
 
     async def run(self) -> None:
+        await self._say({"worker"})
+        # The workers are often started together with the servers and take longer.
+        await asyncio.sleep(self._settled)
+        await self._say_worker()
+
+    async def _say(self, leave_out: Set[str]) -> None:
         for name, part in (await self._checkup.parts()).items():
-            if not part["ok"]:
+            if not part["ok"] and name not in leave_out:
                 logger.warning("%s: %s", name, part["detail"])

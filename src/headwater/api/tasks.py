@@ -24,7 +24,10 @@ async def get_task(graph: Parts, caller: Who, task_id: TaskId) -> TaskOut:
 
 @router.post(
     "/api/task/{task_id}/cancel",
-    responses={202: {"model": Cancelled, "description": "Asked for; the worker confirms."}, **problems(404, 422, 503)},
+    responses={
+        202: {"model": Cancelled, "description": "Asked for; the worker confirms."},
+        **problems(404, 422, 503, 507),
+    },
 )
 async def cancel_task(graph: Parts, caller: Who, task_id: TaskId, response: Response) -> Cancelled:
     """Stop a run; what it said is kept. 200: it has ended. 202: its worker was told and confirms by `cancelled`."""

@@ -108,6 +108,38 @@ def sync(data_dir: DataDir = None) -> None:
     asyncio.run(work())
 
 
+@journal.command("salvage")
+def salvage(yes: Yes = False, data_dir: DataDir = None) -> None:
+    """Copy what can be read of a damaged journal into a new file. The damaged one is kept beside it.
+
+    Stop every server and worker on it first. A journal that is well is left alone.
+    """
+    settings = _settings(data_dir)
+
+    async def well() -> bool:
+        from headwater.errors import JournalDamaged
+
+        try:
+            async with _Opened(settings):
+                return True
+        except JournalDamaged as error:
+            typer.echo(str(error))
+            return False
+
+    if asyncio.run(well()):
+        typer.echo(f"The journal {settings.journal_file} is well; there is nothing to salvage.")
+        return
+    _ask(yes, "Copy what can be read into a new journal, and keep the damaged file beside it?")
+    from headwater.clock import SystemClock
+    from headwater.journal.salvage import salvage as rescue
+
+    done = rescue(settings.journal_file, str(SystemClock().now_ms()))
+    typer.echo(
+        f"{done.records} records are saved, {done.waiting} of them for PostgreSQL; {done.missing} positions hold none "
+        f"that can be read. The damaged file is {done.aside}."
+    )
+
+
 class _Opened:
     """The journal, opened for the length of a block."""
 

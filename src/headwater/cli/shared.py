@@ -26,19 +26,10 @@ def settings_with(**changes: Any) -> Settings:
 
 
 def settings_of_running(**changes: Any) -> Settings:
-    """The settings; what they leave unset of the servers is taken from the `headwater up` on the same data folder."""
-    from headwater.dev.place import read_note
+    """The same, with the servers of the running `headwater up` where none are set. Raises SettingsError."""
+    from headwater import note
 
-    settings = settings_with(**changes)
-    if settings.redis_url and settings.database_url:
-        return settings
-    note = read_note(settings.data_dir)
-    if note is None:
-        return settings
-    found = {"redis_url": settings.redis_url or note.redis_url}
-    if settings.database_url is None:
-        found["database_url"] = note.database_url
-    return settings_with(**changes, **found)
+    return note.settings_of_running(**{name: value for name, value in changes.items() if value is not None})
 
 
 def coloured(settings: Settings, stream: TextIO) -> bool:

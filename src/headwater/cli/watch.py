@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 import sys
 from typing import Annotated
 
 import typer
 
 from headwater.cli.shared import DataDir, coloured, settings_of_running
+from headwater.errors import SettingsError
 
 monitor = typer.Typer(help="Watch streams and tasks as they happen.", no_args_is_help=True)
 
 
 def register(app: typer.Typer) -> None:
     app.command()(doctor)
+    app.command()(env)
     app.command()(version)
 
 
@@ -62,11 +65,13 @@ def doctor(data_dir: DataDir = None) -> None:
     """
     from headwater.clock import SystemClock
     from headwater.doctor import Verdict, examine
+    from headwater.note import read_note
 
     settings = settings_of_running(data_dir=data_dir)
     colours = {Verdict.GOOD: "green", Verdict.WARN: "yellow", Verdict.BAD: "red"}
     colour = coloured(settings, sys.stdout)
-    findings = asyncio.run(examine(settings, clock=SystemClock()))
+    note = read_note(settings.data_dir)
+    findings = asyncio.run(examine(settings, clock=SystemClock(), running=note.url if note else None))
     for finding in findings:
         mark = typer.style(finding.verdict.value, fg=colours[finding.verdict]) if colour else finding.verdict.value
         typer.echo(f"{mark} {finding.name:<11} {finding.text}")
@@ -74,6 +79,30 @@ def doctor(data_dir: DataDir = None) -> None:
             typer.echo(f"  {'':<11} → {finding.advice}")
     if any(finding.verdict is Verdict.BAD for finding in findings):
         sys.exit(1)
+
+
+def env(data_dir: DataDir = None) -> None:
+    """Print the addresses of the running `headwater up` for a shell: eval "$(headwater env)".
+
+    REDIS_URL, DATABASE_URL and HEADWATER_DATA_DIR, for redis-cli, psql, celery and the parts run by hand. They have the
+    embedded Redis's password in them. For another terminal than that of `headwater up`: where REDIS_URL is set, `up`
+    starts no Redis of its own.
+    """
+    from headwater.note import read_note
+
+    settings = settings_of_running(data_dir=data_dir)
+    note = read_note(settings.data_dir)
+    if note is None:
+        raise SettingsError(
+            f"No `headwater up` runs on the data folder {settings.data_dir}. Start it, or name its folder: --data-dir."
+        )
+    found = {
+        "REDIS_URL": note.redis_url,
+        "DATABASE_URL": note.database_url,
+        "HEADWATER_DATA_DIR": str(settings.data_dir),
+    }
+    for name, value in found.items():
+        typer.echo(f"export {name}={shlex.quote(value)}")
 
 
 def version() -> None:

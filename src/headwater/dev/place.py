@@ -11,30 +11,18 @@ import getpass
 import json
 import os
 import secrets
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
 from headwater.errors import HeadwaterError
-
-LOCK = "up.lock"
-NOTE = "up.json"
+from headwater.note import LOCK, NOTE, Note
 
 
 class PlaceTaken(HeadwaterError):
     """The data folder cannot be used: another `headwater up` has it, or it cannot be written."""
 
     code = "place_taken"
-
-
-@dataclass(frozen=True, slots=True)
-class Note:
-    """Where the parts of a running `headwater up` answer. Other commands read it, so they need no settings."""
-
-    pid: int
-    url: str
-    redis_url: str
-    database_url: str
 
 
 class Place:
@@ -86,20 +74,6 @@ class Place:
         for name in (NOTE, LOCK):
             (self.folder / name).unlink(missing_ok=True)
         self._lock.close()
-
-
-def read_note(folder: Path) -> Note | None:
-    """What the `headwater up` that holds this folder wrote; None when none runs."""
-    try:
-        note = Note(**json.loads((folder / NOTE).read_text()))
-        with (folder / LOCK).open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return note
-    except (OSError, ValueError, TypeError):
-        return None
-    # Nobody holds the lock: the note is from a start that was killed.
-    return None
 
 
 def _locked(path: Path) -> IO[str] | None:

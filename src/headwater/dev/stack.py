@@ -22,10 +22,11 @@ from typing import Any, Final
 
 from headwater.dev.console import Console
 from headwater.dev.part import Part, Program, Server
-from headwater.dev.place import Note, Place
+from headwater.dev.place import Place
 from headwater.dev.ports import listen
 from headwater.dev.services import Postgres, Redis
 from headwater.errors import HeadwaterError
+from headwater.note import Note
 from headwater.settings import Settings, child_environment
 
 #: Seconds each part may take to end; together less than ten.

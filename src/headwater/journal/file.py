@@ -194,8 +194,9 @@ def unavailable(message: str, code: str) -> JournalUnavailable:
 def damaged(path: Path, reason: str) -> JournalUnavailable:
     return unavailable(
         f"The journal {path} is damaged ({reason}). It may hold messages that are not in PostgreSQL yet, so it is "
-        f"left as it is. See `headwater journal status`; to go on without it, move {path.name} and the files "
-        f"{path.name}-wal and {path.name}-shm aside together, and keep them.",
+        f"left as it is. Stop what uses it and run `headwater journal salvage`, which copies what can be read into a "
+        f"new file and keeps this one. To go on without it, move {path.name} and the files {path.name}-wal and "
+        f"{path.name}-shm aside together, and keep them.",
         "journal_damaged",
     )
 

@@ -37,11 +37,10 @@ class RedisFacts:
 
 async def redis_facts(url: str) -> RedisFacts:
     """Ask the server. Raises LogUnavailable with the address and the reason."""
-    client = redis.asyncio.Redis.from_url(
-        url, socket_timeout=_PATIENCE, socket_connect_timeout=_PATIENCE, decode_responses=True
-    )
     try:
-        async with client:
+        async with redis.asyncio.Redis.from_url(
+            url, socket_timeout=_PATIENCE, socket_connect_timeout=_PATIENCE, decode_responses=True
+        ) as client:
             await client.ping()
             begun = time.perf_counter()
             seconds, micros = await client.time()

@@ -24,6 +24,9 @@ class LastingConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
         super().__init__(*args, **options)
         # What an acknowledgement over a broken connection may raise: logged, and the worker goes on.
         self.connection_errors: tuple[type[Exception], ...] = (*self.connection_errors, AttributeError)
+        broker = (*self.connection_errors, *self.channel_errors)
+        for name in ("celery.worker.request", "kombu.asynchronous.hub", "kombu.transport.redis"):
+            logging.getLogger(name).addFilter(_OneLine(broker))
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """Take the broken connection apart; Celery reconnects afterwards."""
@@ -31,3 +34,16 @@ class LastingConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
             super().on_connection_error_after_connected(exc)
         except AttributeError as error:
             logger.warning("The broken connection to the broker is left as it is: %r", error)
+
+
+class _OneLine(logging.Filter):
+    """A broker that is away is a warning of one line, not an alarm with a traceback."""
+
+    def __init__(self, errors: tuple[type[Exception], ...]) -> None:
+        super().__init__()
+        self._errors = errors
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.exc_info, tuple) and isinstance(record.exc_info[1], self._errors):
+            record.exc_info, record.levelno, record.levelname = None, logging.WARNING, "WARNING"
+        return True

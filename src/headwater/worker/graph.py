@@ -71,7 +71,7 @@ async def open_graph(settings: Settings, celery: Celery) -> AsyncIterator[Graph]
         runner = Runner(
             log,
             pipelines,
-            lambda records: syncer.save(records, wait=settings.db_wait),
+            lambda records: syncer.keep(records, wait=settings.db_wait),
             clock=clock,
             telemetry=telemetry,
             settings=settings,

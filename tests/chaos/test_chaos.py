@@ -1,0 +1,39 @@
+"""Short runs of the harness with fixed seeds; `scripts/chaos` makes long ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from chaos.run import Plan, main, play
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("seed", [1, 2])
+async def test_promises_hold_while_things_break(seed: int, tmp_path: Path) -> None:
+    plan = Plan(seed, seconds=15, clients=4, at_once=3, gap=(0.2, 1.0), ttl=5, settle=75, keep=tmp_path)
+    outcome = await play(plan)
+    assert not outcome.violations, outcome.report()
+    # It would prove nothing if nothing had happened.
+    assert len(outcome.blows) >= 5, outcome.report()
+    assert outcome.figures["states"].get("done", 0) >= 5, outcome.report()
+    assert outcome.figures["connections"] > outcome.figures["readers"]
+
+
+def test_a_kept_history_is_judged_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = tmp_path / "history.json"
+    kept.write_text(
+        '{"promises": [], "unanswered": [], "readers": [], "messages": [], "complaints": ["500 from GET /"],'
+        ' "runs": [{"id": "r", "state": "done", "attempt": 1, "idempotency_key": null, "code": null}]}'
+    )
+    assert main(["--check", str(kept)]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "one answer: run r was never asked for",
+        "degrades by name: 500 from GET /",
+    ]
+
+
+def test_an_unknown_fault_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--faults", "meteor"]) == 2
+    assert "no faults meteor" in capsys.readouterr().err
