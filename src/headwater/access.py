@@ -123,26 +123,30 @@ class Access:
             return NOBODY
         raise SignInRequired("Send `Authorization: Bearer <HEADWATER_ACCESS_TOKEN>`, or sign in at /sign-in.")
 
-    def may(self, caller: Caller, owner_id: str) -> None:
-        """Whether the caller may touch what `owner_id` owns. Raises NotFound: a stranger learns nothing."""
-        may(caller, owner_id)
-
     # --- signing in ------------------------------------------------------------------------------
 
     def sign_in(self, token: str) -> str:
-        """The session's value for a right token. Raises SignInRequired, TooMany after several wrong ones."""
+        """The session's value for a right token, always. Raises SignInRequired, TooMany after several wrong ones."""
         if self._digest is None:
             raise InvalidInput("This server needs no sign-in.")
+        # Compared ahead of the limit: whoever sends wrong tokens must not be able to lock out the right one.
+        # What keeps guesses away is the token's length; the limit only makes them stand out.
+        if not hmac.compare_digest(_digest(token), self._digest):
+            raise self._wrong_token()
+        issued = str(self._clock.now_ms() // 1000)
+        return f"{_SESSION_VERSION}.{issued}.{self._signature(issued)}"
+
+    def _wrong_token(self) -> SignInRequired | TooMany:
         now = self._clock.monotonic()
         self._tries = min(float(SIGN_IN_BURST), self._tries + (now - self._tried_at) / SIGN_IN_PAUSE)
         self._tried_at = now
         if self._tries < 1:
-            raise TooMany(f"Too many wrong tokens. Wait {SIGN_IN_PAUSE:.0f} seconds.", retry_after=SIGN_IN_PAUSE)
-        if not hmac.compare_digest(_digest(token), self._digest):
-            self._tries -= 1
-            raise SignInRequired("The token is not right. It is the server's HEADWATER_ACCESS_TOKEN.")
-        issued = str(self._clock.now_ms() // 1000)
-        return f"{_SESSION_VERSION}.{issued}.{self._signature(issued)}"
+            return TooMany(
+                f"Too many wrong tokens. Wait {SIGN_IN_PAUSE:.0f} seconds before a guess; the right one works at once.",
+                retry_after=SIGN_IN_PAUSE,
+            )
+        self._tries -= 1
+        return SignInRequired("The token is not right. It is the server's HEADWATER_ACCESS_TOKEN.")
 
     def session_cookie(self, value: str, *, scheme: str) -> str:
         """The `Set-Cookie` header that carries a session; an empty value signs out."""

@@ -87,6 +87,29 @@ class Message:
         return cls(**{**known, "role": Role(known["role"]), "status": MessageStatus(known["status"])})
 
 
+def flaw_of(text: str) -> str | None:
+    """Why a text cannot be stored, as the rest of a sentence about it; None when it can."""
+    if "\0" in text:
+        return "contains the character NUL, which cannot be stored"
+    # Half of a surrogate pair is no character; it comes from a string cut in the middle.
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return "contains half of a surrogate pair, which is no valid Unicode"
+    return None
+
+
+def mended(text: str) -> str:
+    """Text that JSON, PostgreSQL and every reader can hold: no lone surrogates, no NUL."""
+    if "\0" in text:
+        text = text.replace("\0", "\N{REPLACEMENT CHARACTER}")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            # Joins halves that belong together and replaces those that stand alone.
+            text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
 def title_of(question: str) -> str:
     """A title from the first question: its first line, cut at a word, at most TITLE_LENGTH characters."""
     line = next((line.strip() for line in question.splitlines() if line.strip()), "")

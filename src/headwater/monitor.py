@@ -67,6 +67,8 @@ def excerpt(text: str) -> str:
 
 async def list_celery(settings: Settings, *, clock: Clock, say: Say) -> None:
     """Write the workers, what they run and hold, and the latest runs."""
+    # First, as it says in a sentence that Redis is away; Celery would say it in its own words.
+    runs = await recent(settings.need_redis(), LATEST)
     celery = make_celery(settings)
     # The three ask one after the other and each waits for PATIENCE, so they ask at the same time instead.
     stats, active, reserved = await asyncio.gather(
@@ -89,7 +91,6 @@ async def list_celery(settings: Settings, *, clock: Clock, say: Say) -> None:
         if not rows:
             say("  nothing")
     say("Latest runs")
-    runs = await recent(settings.need_redis(), LATEST)
     for run_id, fields in runs:
         say(f"  {run_id}  {run_line(fields, clock)}")
     if not runs:

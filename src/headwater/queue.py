@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 #: Celery's names of the tasks. The task's id is the run's id.
 RUN_TASK: Final = "headwater.run"
-SWEEP_TASK: Final = "headwater.sweep"
 SYNC_TASK: Final = "headwater.sync"
 
 #: Answers people wait for, long jobs, and housekeeping: three queues, so that each can have workers of its own.
@@ -36,9 +35,10 @@ CHAT_QUEUE: Final = "chat"
 JOBS_QUEUE: Final = "jobs"
 MAINTENANCE_QUEUE: Final = "maintenance"
 
-#: Seconds between the periodic tasks.
-SWEEP_EVERY: Final = 5.0
+#: Seconds between two of the periodic task.
 SYNC_EVERY: Final = 300.0
+#: Seconds a task may take over a run's own deadline: its parts start, its end is written while Redis blinks.
+TASK_MARGIN: Final = 120.0
 
 #: Runs that wait to be handed over while Redis is away. Over it the oldest is left to the sweeper.
 MAX_WAITING: Final = 10_000
@@ -70,7 +70,7 @@ def make_celery(settings: Settings) -> Celery:
         enable_utc=True,
         **_delivery(settings),
         **_routes(),
-        **_worker(),
+        **_worker(settings),
     )
     return app
 
@@ -80,6 +80,10 @@ def _delivery(settings: Settings) -> dict[str, Any]:
         "task_acks_late": True,
         "task_reject_on_worker_lost": True,
         "task_ignore_result": True,
+        # The run ends itself at its deadline. This is for a process that hangs: the prefork pool kills it, and the
+        # run's lease brings the run to another. No soft limit: it would take the task off the clock and leave the
+        # process that hangs in the pool. Pools of one process, threads and solo, cannot be limited.
+        "task_time_limit": settings.run_deadline + TASK_MARGIN,
         # The dispatcher repeats; inside it a retry would only block longer.
         "task_publish_retry": False,
         "broker_connection_retry_on_startup": True,
@@ -106,14 +110,10 @@ def _routes() -> dict[str, Any]:
     return {
         "task_queues": [_queue(name) for name in (CHAT_QUEUE, JOBS_QUEUE, MAINTENANCE_QUEUE)],
         "task_default_queue": JOBS_QUEUE,
-        "task_routes": {
-            SWEEP_TASK: {"queue": MAINTENANCE_QUEUE},
-            SYNC_TASK: {"queue": MAINTENANCE_QUEUE},
-        },
-        # In memory: the two intervals need no file.
+        "task_routes": {SYNC_TASK: {"queue": MAINTENANCE_QUEUE}},
+        # In memory: one interval needs no file.
         "beat_scheduler": "celery.beat:Scheduler",
         "beat_schedule": {
-            "sweep": {"task": SWEEP_TASK, "schedule": SWEEP_EVERY, "options": {"expires": SWEEP_EVERY}},
             "sync": {"task": SYNC_TASK, "schedule": SYNC_EVERY, "options": {"expires": SYNC_EVERY}},
         },
     }
@@ -124,8 +124,11 @@ def _queue(name: str) -> Queue:
     return Queue(name, Exchange(name, type="direct"), routing_key=name)  # type: ignore[no-untyped-call]
 
 
-def _worker() -> dict[str, Any]:
-    return {
+def _worker(settings: Settings) -> dict[str, Any]:
+    # Not the pool: Celery would take it over a `-P prefork` on its command line. Not the default number either, which
+    # belongs to the pool.
+    chosen = {} if settings.worker_concurrency is None else {"worker_concurrency": settings.worker_concurrency}
+    return chosen | {
         "worker_prefetch_multiplier": 1,
         # An answer goes on through a blink of Redis; the fence keeps it to one writer.
         "worker_cancel_long_running_tasks_on_connection_loss": False,
@@ -226,7 +229,15 @@ class Dispatcher(Service):
     def _send(self, run: Run) -> None:
         started = time.monotonic()
         self._celery.send_task(
-            RUN_TASK, args=[run.to_json()], task_id=run.id, queue=queue_of(run), ignore_result=True, retry=False
+            RUN_TASK,
+            args=[run.to_json()],
+            # What `inspect` and Flower show. By default it is the arguments, and those are what people wrote.
+            argsrepr=f"<run {run.id}, {run.kind}>",
+            kwargsrepr="{}",
+            task_id=run.id,
+            queue=queue_of(run),
+            ignore_result=True,
+            retry=False,
         )
         self._telemetry.observe("headwater_enqueue_seconds", time.monotonic() - started)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from headwater.access import Caller, may
-from headwater.errors import LogUnavailable, NotFound, StoreUnavailable
+from headwater.errors import HeadwaterError, LogUnavailable, NotFound, StoreUnavailable, Unavailable
 from headwater.ids import is_id
 from headwater.journal import Journal
 from headwater.messages import Chat, Message
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds a look at the log may take before the rows are shown without it.
 LOG_WAIT: Final = 0.5
+#: Seconds to learn who owns runs of which the log says nothing, for all of one request together.
+OWNERS_WAIT: Final = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +132,33 @@ class Reading:
     async def may_read(self, caller: Caller, run_id: str) -> None:
         """Whether the caller may follow the run. Raises NotFound."""
         may(caller, await self.owner_of(run_id))
+
+    async def may_read_each(self, caller: Caller, run_ids: Sequence[str]) -> dict[str, HeadwaterError]:
+        """Why the caller may not follow some of the runs, by their ids: NotFound, or Unavailable when nobody can tell.
+
+        One look at the log for all; what it does not know is asked elsewhere at once, so the answer takes
+        LOG_WAIT + OWNERS_WAIT at most, whatever is away.
+        """
+        metas = await self._metas(run_ids)
+        refusals = await asyncio.gather(
+            *(self._refusal(caller, run_id, meta) for run_id, meta in zip(run_ids, metas, strict=True))
+        )
+        return {run_id: error for run_id, error in zip(run_ids, refusals, strict=True) if error is not None}
+
+    async def _refusal(self, caller: Caller, run_id: str, meta: Meta | None) -> HeadwaterError | None:
+        try:
+            async with asyncio.timeout(OWNERS_WAIT):
+                run = None if meta is not None else await self._overlay.run(run_id)
+        except Unavailable as error:
+            return error
+        except TimeoutError:
+            return StoreUnavailable("PostgreSQL did not answer in time.")
+        owner_id = meta.owner_id if meta is not None else run.owner_id if run is not None else ""
+        try:
+            may(caller, owner_id)
+        except NotFound:
+            return NotFound("There is no such run.")
+        return None
 
     async def run_view(self, caller: Caller, run_id: str) -> Run:
         """The run as it stands this moment."""

@@ -111,7 +111,11 @@ class Settings(BaseSettings):
     )
     max_attempts: int = Field(3, alias="HEADWATER_MAX_ATTEMPTS", ge=1, description="Attempts of a run before it fails.")
     run_deadline: float = Field(
-        600.0, alias="HEADWATER_RUN_DEADLINE", gt=0, description="Longest time of one chat answer, in seconds."
+        600.0,
+        alias="HEADWATER_RUN_DEADLINE",
+        gt=0,
+        description="Longest time of one chat answer, in seconds. "
+        "The prefork pool kills a process that is not done 120 s later.",
     )
     provider_idle: float = Field(
         60.0, alias="HEADWATER_PROVIDER_IDLE", gt=0, description="Longest silence of the model's API, in seconds."
@@ -142,6 +146,14 @@ class Settings(BaseSettings):
         alias="HEADWATER_WORKER_CONCURRENCY",
         gt=0,
         description="Runs at once per worker. Default: 64, and with prefork, where each takes a process, two per core.",
+    )
+    worker_metrics_port: int = Field(
+        0,
+        alias="HEADWATER_WORKER_METRICS_PORT",
+        ge=0,
+        le=65535,
+        description="Port at HOST where a worker serves its metrics; 0 is off. With threads and solo only. "
+        "The port asks for no token.",
     )
     db_pool_size: int = Field(
         5, alias="HEADWATER_DB_POOL_SIZE", gt=0, description="PostgreSQL connections per process."

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
 
 from headwater.errors import SettingsError
 
@@ -29,40 +29,61 @@ class Metric:
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
+    #: The processes that count it. A server takes part in a run too: it ends those that no worker need begin.
+    where: Literal["server", "worker", "both"]
     help: str
     labels: tuple[str, ...] = ()
 
 
 METRICS: Final[tuple[Metric, ...]] = (
-    Metric("headwater_runs_accepted_total", "counter", "Runs answered with 202.", ("kind",)),
-    Metric("headwater_runs_claimed_total", "counter", "Claims of a run by a worker.", ("kind",)),
-    Metric("headwater_runs_ended_total", "counter", "Runs that reached a terminal state.", ("kind", "state", "code")),
-    Metric("headwater_runs_active", "gauge", "Runs held by this process now."),
-    Metric("headwater_run_seconds", "histogram", "From claim to terminal event.", ("kind",)),
-    Metric("headwater_first_token_seconds", "histogram", "From acceptance to the first content event.", ("kind",)),
-    Metric("headwater_events_appended_total", "counter", "Events written to a log."),
-    Metric("headwater_append_seconds", "histogram", "One append to a log, round trip."),
-    Metric("headwater_appends_refused_total", "counter", "Appends the fence refused.", ("code",)),
-    Metric("headwater_log_rewritten_total", "counter", "Logs written again after Redis lost them."),
-    Metric("headwater_readers", "gauge", "Open subscriptions of the hub."),
-    Metric("headwater_hub_batches_total", "counter", "Published messages that reached the hub."),
-    Metric("headwater_hub_rereads_total", "counter", "Reads of a log by a reader.", ("reason",)),
-    Metric("headwater_hub_reconnects_total", "counter", "Lost subscription connections."),
-    Metric("headwater_stream_opened_total", "counter", "Streams opened by clients.", ("transport",)),
-    Metric("headwater_journal_records_total", "counter", "Records made durable."),
-    Metric("headwater_journal_commit_seconds", "histogram", "One group commit."),
-    Metric("headwater_journal_backlog", "gauge", "Records not yet in PostgreSQL."),
-    Metric("headwater_journal_backlog_age_seconds", "gauge", "Age of the oldest record not yet in PostgreSQL."),
-    Metric("headwater_journal_poison", "gauge", "Records set aside because PostgreSQL refuses them."),
-    Metric("headwater_synced_total", "counter", "Records applied to PostgreSQL."),
-    Metric("headwater_swept_total", "counter", "Runs the sweeper acted on.", ("action",)),
-    Metric("headwater_enqueue_seconds", "histogram", "Handing one run to Celery."),
-    Metric("headwater_enqueue_failed_total", "counter", "Hand-overs to Celery that failed; the sweeper repeats them."),
-    Metric("headwater_provider_retries_total", "counter", "Tries after the first.", ("code",)),
-    Metric("headwater_provider_tokens_total", "counter", "Deltas received from the model's API."),
-    Metric("headwater_http_requests_total", "counter", "Requests answered.", ("method", "route", "status")),
-    Metric("headwater_http_seconds", "histogram", "Time to answer a request, streams excluded.", ("method", "route")),
-    Metric("headwater_up", "gauge", "1 when a part answers its health check.", ("part",)),
+    Metric("headwater_runs_accepted_total", "counter", "server", "Runs answered with 202.", ("kind",)),
+    Metric("headwater_runs_claimed_total", "counter", "both", "Claims of a run by a worker.", ("kind",)),
+    Metric(
+        "headwater_runs_ended_total",
+        "counter",
+        "both",
+        "Runs that reached a terminal state.",
+        ("kind", "state", "code"),
+    ),
+    Metric("headwater_runs_active", "gauge", "both", "Runs held by this process now."),
+    Metric("headwater_run_seconds", "histogram", "both", "From claim to terminal event.", ("kind",)),
+    Metric(
+        "headwater_first_token_seconds", "histogram", "worker", "From acceptance to the first content event.", ("kind",)
+    ),
+    Metric("headwater_events_appended_total", "counter", "both", "Events written to a log."),
+    Metric("headwater_append_seconds", "histogram", "both", "One append to a log, round trip."),
+    Metric("headwater_appends_refused_total", "counter", "both", "Appends the fence refused.", ("code",)),
+    Metric("headwater_log_rewritten_total", "counter", "both", "Logs written again after Redis lost them."),
+    Metric("headwater_readers", "gauge", "server", "Open subscriptions of the hub."),
+    Metric("headwater_hub_batches_total", "counter", "server", "Published messages that reached the hub."),
+    Metric("headwater_hub_rereads_total", "counter", "server", "Reads of a log by a reader.", ("reason",)),
+    Metric("headwater_hub_reconnects_total", "counter", "server", "Lost subscription connections."),
+    Metric("headwater_stream_opened_total", "counter", "server", "Streams opened by clients.", ("transport",)),
+    Metric("headwater_journal_records_total", "counter", "both", "Records made durable."),
+    Metric("headwater_journal_commit_seconds", "histogram", "both", "One group commit."),
+    Metric("headwater_journal_backlog", "gauge", "both", "Records not yet in PostgreSQL."),
+    Metric("headwater_journal_backlog_age_seconds", "gauge", "both", "Age of the oldest record not yet in PostgreSQL."),
+    Metric("headwater_journal_poison", "gauge", "both", "Records set aside because PostgreSQL refuses them."),
+    Metric("headwater_synced_total", "counter", "both", "Records applied to PostgreSQL."),
+    Metric("headwater_swept_total", "counter", "both", "Runs the sweeper acted on.", ("action",)),
+    Metric("headwater_enqueue_seconds", "histogram", "both", "Handing one run to Celery."),
+    Metric(
+        "headwater_enqueue_failed_total",
+        "counter",
+        "both",
+        "Hand-overs to Celery that failed; the sweeper repeats them.",
+    ),
+    Metric("headwater_provider_retries_total", "counter", "worker", "Tries after the first.", ("code",)),
+    Metric("headwater_provider_tokens_total", "counter", "worker", "Deltas received from the model's API."),
+    Metric("headwater_http_requests_total", "counter", "server", "Requests answered.", ("method", "route", "status")),
+    Metric(
+        "headwater_http_seconds",
+        "histogram",
+        "server",
+        "Time to answer a request, streams excluded.",
+        ("method", "route"),
+    ),
+    Metric("headwater_up", "gauge", "server", "1 when a part answers its health check.", ("part",)),
 )
 
 
@@ -137,6 +158,20 @@ class Telemetry:
     def exposition(self) -> bytes:
         """The registry in Prometheus's text format."""
         return generate_latest(self.registry)
+
+    def serve(self, host: str, port: int) -> Callable[[], None]:
+        """Serve the exposition over HTTP in a thread, for a process without a web server. Returns what ends it.
+
+        Raises OSError when the port cannot be bound. Blocks, as what it returns does.
+        """
+        server, thread = start_http_server(port, host, self.registry)
+
+        def close() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        return close
 
     def _of(self, name: str, labels: dict[str, str]) -> Any:
         metric = self._metrics[name]

@@ -292,12 +292,14 @@ class Person:
     async def _talk(self) -> None:
         world, chance = self._world, self._chance
         chat_id: str | None = None
+        #: The promise of which another answer is wanted.
+        again: Promise | None = None
         while not world.closing.is_set():
-            if chat_id is None or chance.random() < 0.3:
+            if chat_id is None or (again is None and chance.random() < 0.3):
                 chat_id = await self._new_chat()
             if chat_id is None:
                 return
-            promise = await self._ask(chat_id)
+            promise = await self._ask(chat_id, again)
             if promise is None:
                 return
             first = self._have_it_read(promise)
@@ -308,6 +310,7 @@ class Person:
                 chat_id = None
             while chat_id is not None and not first.finished and not world.closing.is_set():
                 await world.pause(0.05)
+            again = promise if chat_id is not None and chance.random() < 0.2 else None
             await world.pause(chance.uniform(0, 1))
 
     def _have_it_read(self, promise: Promise) -> Reader:
@@ -329,18 +332,17 @@ class Person:
         made = await self._insist("/api/chats", {}, key, 201)
         return str(made["id"]) if made is not None else None
 
-    async def _ask(self, chat_id: str) -> Promise | None:
-        chance, history = self._chance, self._world.history
-        number = next(self._numbers)
-        words = chance.choice((3, 20, 40, 60, 120))
-        rate = chance.choice((0, 10, 20, 40))
-        # At most twelve seconds of speech, and a long burst now and then.
-        words, rate = (min(words, rate * 12), rate) if rate else (words * 20, 0)
-        question = f"{self._seed} {self._name} asks number {number} [[words:{words}]] [[rate:{rate}]]"
+    async def _ask(self, chat_id: str, again: Promise | None) -> Promise | None:
+        """Ask something new, or for another answer to what was asked before. None when nobody takes it."""
+        number, history = next(self._numbers), self._world.history
+        question, words = (again.question, 0) if again is not None else self._question(number)
+        path, body = f"/api/chats/{chat_id}/messages", {"content": question}
+        if again is not None:
+            path, body = f"{path}/{again.message_id}/regenerate", {}
         key = f"{self._seed}-{self._name}-message-{number}"
         history.unanswered.add(key)
         started = time.monotonic()
-        accepted = await self._insist(f"/api/chats/{chat_id}/messages", {"content": question}, key, 202)
+        accepted = await self._insist(path, body, key, 202)
         if accepted is None:
             return None
         self._world.accepted_after.append(time.monotonic() - started)
@@ -348,14 +350,24 @@ class Person:
             run_id=accepted["task_id"],
             chat_id=accepted["chat_id"],
             message_id=accepted["message_id"],
-            user_message_id=accepted["user_message_id"],
+            user_message_id=again.user_message_id if again is not None else accepted["user_message_id"],
             question=question,
-            answer=answer(question, words),
+            answer=again.answer if again is not None else answer(question, words),
             key=key,
         )
         history.promises.append(promise)
         history.unanswered.discard(key)
         return promise
+
+    def _question(self, number: int) -> tuple[str, int]:
+        """Words to ask, and how many the answer has."""
+        chance = self._chance
+        words = chance.choice((3, 20, 40, 60, 120))
+        rate = chance.choice((0, 10, 20, 40))
+        # At most twelve seconds of speech, and a long burst now and then.
+        words, rate = (min(words, rate * 12), rate) if rate else (words * 20, 0)
+        question = f"{self._seed} {self._name} asks number {number} [[words:{words}]] [[rate:{rate}]]"
+        return question, words
 
     async def _insist(self, path: str, body: dict[str, Any], key: str, wanted: int) -> dict[str, Any] | None:
         """Repeat a request under its key, now here and now there, until it is answered. None when it never is."""

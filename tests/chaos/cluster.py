@@ -90,7 +90,7 @@ class Provider(Child):
 class Cluster:
     """Everything that runs. Made by `running`."""
 
-    def __init__(self, folder: Path, servers: int, workers: int, settings: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, hosts: int, settings: Mapping[str, str]) -> None:
         self.folder = folder
         self.postgres = OwnPostgres(folder / "postgres")
         self.redis = OwnRedis(folder, {"appendonly": "yes"}, None)
@@ -101,17 +101,16 @@ class Cluster:
         #: Processes that ended although nobody ended them: a complaint each.
         self.fallen: list[str] = []
         self._resting: set[Process] = set()
-        self._servers, self._workers = servers, workers
+        self._hosts = hosts
         self._settings = {**SETTINGS, **settings}
 
     @classmethod
     @asynccontextmanager
-    async def running(
-        cls, *, servers: int = 2, workers: int = 2, settings: Mapping[str, str] | None = None
-    ) -> AsyncIterator[Cluster]:
+    async def running(cls, *, hosts: int = 1, settings: Mapping[str, str] | None = None) -> AsyncIterator[Cluster]:
+        """Two servers and two workers, on one host or one of each on two: each host has a journal of its own."""
         # Not in pytest's folder: PostgreSQL is another user when we are root and must be let through.
         with tempfile.TemporaryDirectory(prefix="headwater-chaos-", ignore_cleanup_errors=True) as folder:
-            cluster = cls(Path(folder), servers, workers, settings or {})
+            cluster = cls(Path(folder), hosts, settings or {})
             async with AsyncExitStack() as stack:
                 await cluster._open(stack)
                 yield cluster
@@ -132,9 +131,12 @@ class Cluster:
             database_url=self.postgres.url(),
             openai_url=f"http://127.0.0.1:{self.provider_proxy.port}/v1",
             settings=self._settings,
-            servers=self._servers,
-            workers=self._workers,
+            servers=2,
+            workers=2,
         )
+        if self._hosts == 2:
+            for process in (self.stack.servers[1], self.stack.workers[1]):
+                process.change(HEADWATER_DATA_DIR=str(self.folder / "data2"))
         for server in self.stack.servers:
             proxy = Proxy(("127.0.0.1", server.port))
             self.proxies.append(await stack.enter_async_context(proxy.run()))

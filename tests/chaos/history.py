@@ -249,7 +249,9 @@ def _answers_are_whole(history: History) -> Iterable[Violation]:
 def _chats_are_in_order(history: History) -> Iterable[Violation]:
     asked: dict[str, list[str]] = defaultdict(list)
     for promise in history.promises:
-        asked[promise.chat_id].append(promise.user_message_id)
+        # Another answer to the same question is one more promise and no further question.
+        if promise.user_message_id not in asked[promise.chat_id]:
+            asked[promise.chat_id].append(promise.user_message_id)
     known = {promise.user_message_id for promise in history.promises}
     stored: dict[str, list[str]] = defaultdict(list)
     for row in history.messages:

@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +49,10 @@ class Plan:
     #: Seconds between faults: least and most.
     gap: tuple[float, float] = (0.5, 3.0)
     settle: float = SETTLE
+    #: Hosts, each with a journal of its own: 1 or 2.
+    hosts: int = 1
+    #: Settings of all processes, over those of the cluster.
+    settings: Mapping[str, str] = field(default_factory=dict)
     #: Seconds that the log of an ended run stays.
     ttl: int = 15
     #: Where history and logs go when a promise was broken.
@@ -148,8 +152,11 @@ class Outcome:
 async def play(plan: Plan) -> Outcome:
     """Run the plan. Raises nothing for broken promises: they are in the outcome."""
     history = History()
-    settings = {"HEADWATER_STREAM_TTL": str(plan.ttl)}
-    async with Cluster.running(settings=settings) as cluster, aiohttp.ClientSession(connector=_connector()) as http:
+    settings = {"HEADWATER_STREAM_TTL": str(plan.ttl), **plan.settings}
+    async with (
+        Cluster.running(hosts=plan.hosts, settings=settings) as cluster,
+        aiohttp.ClientSession(connector=_connector()) as http,
+    ):
         world = World(cluster.endpoints, http, history, patience=HEARTBEAT * 3, late=plan.ttl + 2)
         people = [asyncio.create_task(Person(world, n, plan.seed).live()) for n in range(1, plan.clients + 1)]
         nemesis = Nemesis(cluster, plan.seed, at_once=plan.at_once, faults=plan.faults, gap=plan.gap)
@@ -240,6 +247,8 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=8, help="people who ask at once (8)")
     parser.add_argument("--at-once", type=int, default=2, help="faults that hold at once, at most (2)")
     parser.add_argument("--faults", default="", help=f"only these, comma separated, of: {', '.join(FAULTS)}")
+    parser.add_argument("--hosts", type=int, choices=(1, 2), default=1, help="2: each with a journal of its own (1)")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of all processes")
     parser.add_argument("--keep", type=Path, default=Path("var/chaos"), help="for the history and logs of violations")
     parser.add_argument("--check", type=Path, help="only judge the history.json that an earlier run kept")
     return parser.parse_args(given)
@@ -259,7 +268,14 @@ def main(given: Sequence[str] | None = None) -> int:
         print(f"There are no faults {', '.join(sorted(unknown))}; there are: {', '.join(FAULTS)}", file=sys.stderr)
         return 2
     plan = Plan(
-        seed, arguments.minutes * 60, arguments.clients, arguments.at_once, names, keep=arguments.keep.absolute()
+        seed,
+        arguments.minutes * 60,
+        arguments.clients,
+        arguments.at_once,
+        names,
+        hosts=arguments.hosts,
+        settings=dict(pair.split("=", 1) for pair in arguments.set),
+        keep=arguments.keep.absolute(),
     )
     print(f"seed {seed} …", flush=True)
     outcome = asyncio.run(play(plan))

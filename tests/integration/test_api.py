@@ -68,7 +68,7 @@ async def test_a_chat_is_made_shown_renamed_listed_and_deleted(api: Api) -> None
     assert RFC3339.match(chat["created_at"])
 
     shown = (await api.http.get(made.headers["location"])).json()
-    assert shown == {**chat, "messages": []}
+    assert shown == {**chat, "messages": [], "degraded": False}
 
     renamed = await api.http.patch(f"/api/chats/{chat['id']}", json={"title": "  Second\n one "})
     assert renamed.json()["title"] == "Second one"
@@ -428,6 +428,7 @@ async def test_signing_in_and_out_by_the_page(tmp_path: Path, redis_url: str, da
         # The client keeps the cookie.
         assert (await api.http.get("/api/chats")).status_code == 200
         assert (await api.http.post("/api/chats", json={}, headers=browser)).status_code == 201
+        assert (await api.http.get("/api/health")).json()["access"] == "token"
         out = await api.http.post("/sign-out", headers=browser)
         assert (out.status_code, out.headers["location"]) == (303, "/sign-in")
         problem(await api.http.get("/api/chats"), 401, "sign_in_required")
@@ -526,7 +527,8 @@ async def test_a_fault_of_ours_is_logged_under_its_request_id_and_tells_nothing(
 
 async def test_health_names_what_is_missing(api: Api) -> None:
     health = await eventually(lambda: _health(api, "postgres", migrated=True))
-    assert set(health) == {"status", "demo", "model", "version", "parts"}
+    assert set(health) == {"status", "demo", "model", "version", "access", "parts"}
+    assert health["access"] == "open"
     assert set(health["parts"]) == {"redis", "postgres", "journal", "worker", "queue"}
     assert health["demo"] is True
     assert (health["status"], health["parts"]["worker"]["ok"]) == ("degraded", False)
@@ -536,7 +538,9 @@ async def test_health_names_what_is_missing(api: Api) -> None:
     health = await eventually(lambda: _health(api, "worker", ok=True))
     assert health["status"] == "ok"
     assert health["parts"]["worker"] == {"ok": True, "detail": "", "count": 1}
-    assert 'headwater_up{part="redis"} 1.0' in (await api.http.get("/metrics")).text
+    metrics = (await api.http.get("/metrics")).text
+    assert set(re.findall(r'headwater_up\{part="(\w+)"\}', metrics)) == set(health["parts"])
+    assert 'headwater_up{part="redis"} 1.0' in metrics
 
 
 async def _health(api: Api, part: str, **expected: Any) -> Any:

@@ -16,15 +16,15 @@ from typer.testing import CliRunner
 from headwater.cli import main
 from headwater.clock import SystemClock
 from headwater.dev.place import Place
-from headwater.dev.services import Postgres
+from headwater.dev.services import Postgres, free_port
 from headwater.ids import new_id
 from headwater.journal import Journal
 from headwater.messages import Chat
-from headwater.note import Note, read_note
+from headwater.note import Note
 from headwater.records import Record
 from headwater.settings import child_environment
 from headwater.telemetry import Telemetry
-from support.stack import Stack
+from support.stack import Stack, StackMaker
 from support.wait import eventually
 
 
@@ -300,3 +300,140 @@ async def test_journal_sync_brings_what_was_kept_while_postgres_was_away(stack: 
 
     await eventually(nothing_waits, 30)
     assert json.dumps(await command("journal", "sync")).startswith('[0, "0 records')
+
+
+@pytest.mark.parametrize("verb", ["clear", "reset"])
+async def test_what_was_deleted_is_gone_from_postgres_the_journal_and_redis(
+    make_stack: StackMaker, tmp_path: Path, verb: str
+) -> None:
+    stack = await make_stack()
+    run_id = await ask(stack, "[[scenario:hello]] forget me")
+    data = stack.folder / "data"
+    command = Command(
+        tmp_path, REDIS_URL=stack.redis_url, DATABASE_URL=stack.database_url, HEADWATER_DATA_DIR=str(data)
+    )
+    code, _ = await command("monitor", "celery", run_id)
+    assert code == 0
+    async with stack.client() as http:
+        assert (await http.get(f"/api/stream/{run_id}")).status_code == 200
+        assert await kept(data) > 0
+        code, output = await command("db", verb, "--yes")
+        assert code == 0, output
+        assert [line.partition(":")[0] for line in output.splitlines()] == ["Journal", "PostgreSQL", "Redis"]
+        assert "the logs of 1 runs" in output
+        assert (await http.get("/api/chats")).json()["chats"] == []
+        assert (await http.get(f"/api/stream/{run_id}")).status_code == 404
+    assert await kept(data) == 0
+    assert count_chats(stack.database_url) == 0
+
+
+async def kept(data: Path) -> int:
+    """Chats in a journal, in PostgreSQL already or not."""
+    journal = Journal(data / "journal.db", clock=SystemClock(), telemetry=Telemetry())
+    await journal.open()
+    try:
+        return len(await journal.kept_chats("local"))
+    finally:
+        await journal.close()
+
+
+async def test_what_remains_in_redis_is_said_when_everything_else_is_deleted(tmp_path: Path, database_url: str) -> None:
+    insert_chat(database_url)
+    code, output = await Command(tmp_path, DATABASE_URL=database_url)("db", "clear", "--yes")
+    assert (code, "REDIS_URL is not set" in output) == (0, True), output
+    away = Command(tmp_path, DATABASE_URL=database_url, REDIS_URL=f"redis://:hush@127.0.0.1:{free_port()}/0")
+    code, output = await away("db", "clear", "--yes")
+    assert (code, "the logs of runs remain" in output, "hush" in output) == (1, True, False), output
+    assert count_chats(database_url) == 0
+
+
+async def test_nothing_is_deleted_while_postgres_is_away(tmp_path: Path, redis_url: str) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    await fill(data / "journal.db")
+    url = f"postgresql://postgres@127.0.0.1:{free_port()}/x"
+    code, _ = await Command(tmp_path, DATABASE_URL=url, REDIS_URL=redis_url)("db", "clear", "--yes")
+    assert code == 1
+    assert await kept(data) == 50
+
+
+async def test_env_prints_the_addresses_of_the_running_up_for_a_shell(tmp_path: Path) -> None:
+    command = Command(tmp_path)
+    code, output = await command("env")
+    assert (code, "No `headwater up` runs" in output) == (2, True), output
+    place = Place.hold(tmp_path / "data")
+    addresses = ("redis://:pa$$word@127.0.0.1:1/0", "postgresql://postgres@/headwater?host=/a folder&x=1")
+    try:
+        place.write_note(Note(1, "http://127.0.0.1:1", *addresses))
+        code, output = await command("env")
+    finally:
+        place.release()
+    assert code == 0
+    shown = await asyncio.to_thread(
+        subprocess.check_output,
+        ["sh", "-c", f'{output}\nprintf "%s\\n" "$REDIS_URL" "$DATABASE_URL" "$HEADWATER_DATA_DIR"'],
+        text=True,
+    )
+    assert shown.splitlines() == [*addresses, str(tmp_path / "data")]
+
+
+async def test_celerys_own_command_finds_the_running_up_and_else_says_a_sentence(stack: Stack, tmp_path: Path) -> None:
+    command = Command(tmp_path)
+    celery = [sys.executable, "-m", "celery", "-A", "headwater.worker", "inspect", "ping"]
+
+    def run() -> tuple[int, str]:
+        ended = subprocess.run(
+            celery,
+            env=command.environment,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        return ended.returncode, ended.stdout
+
+    code, output = await asyncio.to_thread(run)
+    assert code == 1
+    assert output.startswith("REDIS_URL is not set.")
+    assert "Traceback" not in output
+    place = Place.hold(tmp_path / "data")
+    try:
+        place.write_note(Note(1, stack.base_url, stack.redis_url, stack.database_url))
+        code, output = await asyncio.to_thread(run)
+    finally:
+        place.release()
+    assert (code, "pong" in output) == (0, True), output
+
+
+@pytest.mark.parametrize("words", [("server",), ("worker",), ("doctor",), ("monitor", "celery", "list")])
+async def test_a_redis_url_that_is_none_is_said_without_its_password(tmp_path: Path, words: tuple[str, ...]) -> None:
+    command = Command(tmp_path, REDIS_URL="foo:hush", DATABASE_URL="postgresql://127.0.0.1:1/x")
+    code, output = await command(*words)
+    assert code == 2
+    assert "REDIS_URL" in output
+    assert "redis://" in output
+    assert "hush" not in output
+    assert "Traceback" not in output
+
+
+async def test_monitor_celery_without_redis_says_so_in_a_sentence(tmp_path: Path) -> None:
+    url = f"redis://127.0.0.1:{free_port()}/0"
+    code, output = await Command(tmp_path, REDIS_URL=url, DATABASE_URL="postgresql://127.0.0.1:1/x")(
+        "monitor", "celery", "list"
+    )
+    assert code == 1
+    assert output.startswith("Redis at 127.0.0.1:")
+
+
+async def test_doctor_names_the_address_of_the_running_up(tmp_path: Path, redis_url: str, database_url: str) -> None:
+    command = Command(tmp_path, REDIS_URL=redis_url, DATABASE_URL=database_url)
+    place = Place.hold(tmp_path / "data")
+    try:
+        place.write_note(Note(1, "http://127.0.0.1:5097", redis_url, database_url))
+        _, output = await command("doctor")
+    finally:
+        place.release()
+    assert re.search(r"^✔ Settings +`headwater up` answers at http://127.0.0.1:5097", output, re.MULTILINE)
+    assert ":5000" not in output

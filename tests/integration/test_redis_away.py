@@ -77,7 +77,7 @@ async def thaw(stack: Stack) -> None:
 
 async def command(stack: Stack, *words: Any) -> None:
     async with redis.asyncio.Redis.from_url(stack.redis_url) as raw:
-        await raw.execute_command(*words)
+        await raw.execute_command(*words)  # type: ignore[no-untyped-call]
 
 
 async def flush(stack: Stack) -> None:
@@ -151,7 +151,8 @@ async def test_an_answer_goes_on_and_messages_are_taken(stack: Stack, name: str)
         healed = loop.time()
         http.timeout = httpx.Timeout(30)
         await reading
-        print(f"\n{name}: accepted after {took:.2f} s, away {healed - struck:.1f} s, ended {loop.time() - healed:.1f} s on")
+        on = loop.time() - healed
+        print(f"\n{name}: accepted after {took:.2f} s, away {healed - struck:.1f} s, ended {on:.1f} s later")
         await whole(stack, http, accepted, reader, answer(first, WORDS))
         await whole(stack, http, also, await also_reading, answer(second, WORDS))
     for process in stack.processes:
@@ -160,7 +161,7 @@ async def test_an_answer_goes_on_and_messages_are_taken(stack: Stack, name: str)
 
 
 async def whole(stack: Stack, http: httpx.AsyncClient, accepted: dict[str, Any], reader: Reader, text: str) -> None:
-    """The reader, the log and the row say the same, and they end once. The reader itself checks that nothing is missing."""
+    """The reader, the log and the row say the same and end once. The reader itself checks that nothing is missing."""
     assert (reader.text, reader.end) == (text, "done")
     page = (await http.get(f"/api/runs/{accepted['task_id']}/events", params={"limit": 1000})).json()
     assert [item["seq"] for item in page["items"]] == list(range(1, len(page["items"]) + 1))

@@ -9,8 +9,8 @@ import schemathesis
 from hypothesis import HealthCheck, settings
 
 from headwater.api.app import make_api
-from headwater.api.routes import KEY_PATTERN
 from headwater.ids import new_id
+from headwater.intake.checks import KEY_PATTERN
 from support.stack import Stack
 
 #: Seconds; a stream of a run that goes on would be read for ever, and no generated id names one.

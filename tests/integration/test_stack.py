@@ -180,6 +180,9 @@ async def test_it_answers_ends_within_ten_seconds_leaving_nothing_and_keeps_what
 
 async def test_parts_that_are_killed_are_said_and_started_again(up: Up) -> None:
     worker = up.pid_of("worker")
+    assert re.search(rf"worker +│ ready \(process {worker}\)$", up.log, re.MULTILINE)
+    assert re.search(rf"server +│ ready \(process {up.pid_of('server')}\)$", up.log, re.MULTILINE)
+    assert "No worker runs" not in up.log
     os.kill(worker, signal.SIGKILL)
     await eventually(lambda: re.search(r"worker +│ was ended by SIGKILL; starting it again in 0.5 s", up.log))
     await eventually(lambda: up.log.count(" ready.\n") == 2, PATIENCE)

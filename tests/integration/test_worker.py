@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import httpx
 import pytest
 import pytest_asyncio
 import redis.asyncio
 from celery import Celery
 
 from headwater import streams
+from headwater.dev.services import free_port
 from headwater.events import Event, EventType
 from headwater.ids import new_id
 from headwater.messages import Chat, Message, MessageStatus, Role
@@ -69,7 +71,9 @@ class Client:
         return run
 
     def ring(self, run: Run) -> None:
-        self.celery.send_task(RUN_TASK, args=[run.to_json()], task_id=run.id, queue=queue_of(run))
+        self.celery.send_task(
+            RUN_TASK, args=[run.to_json()], argsrepr=f"<run {run.id}>", task_id=run.id, queue=queue_of(run)
+        )
 
     async def send(self, question: str) -> Run:
         run = await self.accept(question)
@@ -368,7 +372,9 @@ async def test_celerys_own_command_starts_a_worker_that_can_be_asked_and_that_le
         async with client_of(stack) as client:
             name = f"asked-{new_id()}"
             run = await say_and_wait(client, openai_server, name)
-            assert [task["id"] for task in await inspected(client, "active")] == [run.id]
+            (active,) = await inspected(client, "active")
+            assert (active["id"], active["args"]) == (run.id, f"<run {run.id}>")
+            assert name not in str(active)
             stats = await asyncio.to_thread(lambda: client.celery.control.inspect(timeout=5).stats())
             assert [each["pool"]["max-concurrency"] for each in stats.values()] == [4]
             process.terminate()
@@ -380,6 +386,19 @@ async def test_celerys_own_command_starts_a_worker_that_can_be_asked_and_that_le
     finally:
         if process.returncode is None:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+async def test_a_worker_serves_the_figures_of_the_runs_it_executed(make_stack: StackMaker) -> None:
+    port = free_port()
+    stack = await make_stack(servers=0, workers=1, settings={**QUICK, "HEADWATER_WORKER_METRICS_PORT": str(port)})
+    async with client_of(stack) as client, httpx.AsyncClient(trust_env=False) as http:
+        await client.ended(await client.send("[[scenario:auth]]"))
+
+        async def counted() -> bool:
+            metrics = (await http.get(f"http://127.0.0.1:{port}/metrics")).text
+            return 'headwater_runs_ended_total{code="provider_auth",kind="chat",state="failed"} 1.0' in metrics
+
+        await eventually(counted)
 
 
 async def say_and_wait(client: Client, openai_server: OpenAIServer, name: str) -> Run:

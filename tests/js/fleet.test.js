@@ -228,3 +228,19 @@ test("asleep it holds no connection, and awake it goes on where it was", TIME, a
   assert.equal(fleet.state("r").content, "ab");
   assert.equal(requests.at(-1), "/api/stream/r?after=e-1");
 });
+
+test("a run that the server cannot tell of now is asked for again, and the others go on meanwhile", TIME, async (t) => {
+  const open = [];
+  const { origin, requests } = await serve((request, response) => open.push(stream(response)), t);
+  const { fleet, seen } = follow(origin, t, ["r0", "r1"]);
+  await eventually(() => open.length === 1);
+  const refusal = { run_id: "r1", type: "error", code: "store_unavailable", message: "Away.", retryable: true };
+  open[0].write(`event: error\ndata: ${JSON.stringify(refusal)}\n\n`);
+  open[0].write(frame(log(["first"])[0], { run: "r0" }));
+  await eventually(() => seen.texts.length === 1);
+  assert.deepEqual(seen.gone, [["r1", "refused", 503, "Away."]]);
+  assert.equal(fleet.state("r1").end, null);
+  fleet.retry("r1");
+  await eventually(() => open.length === 2);
+  assert.equal(requests[1], "/api/stream?runs=r0:e-1,r1:");
+});

@@ -161,3 +161,21 @@ async def test_without_urls_it_says_which_setting_is_missing(tmp_path: Path) -> 
 )
 def test_versions_are_read_as_numbers(text: str, parts: tuple[int, ...]) -> None:
     assert numbers(text) == parts
+
+
+async def test_a_check_that_breaks_in_an_unknown_way_is_a_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(_: str) -> RedisFacts:
+        raise RuntimeError("redis://:hush@h")
+
+    monkeypatch.setattr("headwater.doctor.redis_facts", broken)
+    findings = await examine(
+        settings(redis_url="redis://127.0.0.1:1", database_url="postgresql://127.0.0.1:1/x", data_dir=tmp_path),
+        clock=FrozenClock(),
+    )
+    by_name = {finding.name: finding for finding in findings}
+    assert by_name["Redis"].verdict is Verdict.BAD
+    assert "RuntimeError" in by_name["Redis"].text
+    assert "hush" not in by_name["Redis"].text
+    assert "Model" in by_name

@@ -35,6 +35,17 @@ def test_text_that_no_database_keeps_is_refused_by_the_name_of_its_field(text: s
         checks.checked_key(text)
 
 
+@pytest.mark.parametrize("key", ["", " ", "a b", "clé", "a\n", "\x7f", "k" * 256])
+def test_a_key_that_is_not_visible_ascii_is_refused(key: str) -> None:
+    with pytest.raises(InvalidInput, match="Idempotency-Key"):
+        checks.checked_key(key)
+
+
+@pytest.mark.parametrize("key", [None, "!", "~" * 255, "0198c0de-7abc-7def-8123-456789abcdef"])
+def test_a_key_of_visible_ascii_is_taken_as_it_is(key: str | None) -> None:
+    assert checks.checked_key(key) == key
+
+
 def test_a_question_sorts_right_before_its_answer_and_is_known_from_it() -> None:
     pairs = [checks.id_pair() for _ in range(200)]
     for question, answer in pairs:

@@ -633,6 +633,20 @@ def test_each_trouble_says_what_it_is(code: str, status: int, title: str, retrya
     assert (error.code, error.status, error.title, error.retryable) == (code, status, title, retryable)
 
 
+async def test_a_cleared_journal_knows_nothing_and_gives_no_position_twice(case: Case) -> None:
+    await case.journal.append([said("waits")], key("1"))
+    positions = (await case.journal.add([said("is synced")])).positions
+    await case.journal.mark_synced(positions)
+    await case.journal.note_cancel("run")
+    assert await case.journal.clear() == 2
+    assert await case.journal.unsynced(10) == []
+    assert await case.journal.kept_chats("local") == []
+    assert await case.journal.find_key("local", "1") is None
+    assert await case.journal.cancels(10) == []
+    assert b"waits" not in case.content()
+    assert (await case.journal.add([said()])).positions == [3]
+
+
 async def test_a_journal_in_use_is_not_salvaged(case: Case) -> None:
     await case.journal.append([said()])
     before = sorted(path.name for path in case.path.parent.iterdir())

@@ -11,7 +11,7 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 
 from headwater.errors import SettingsError
-from headwater.queue import RUN_TASK, SWEEP_TASK, SYNC_TASK, Dispatcher, make_celery, queue_of
+from headwater.queue import RUN_TASK, SYNC_TASK, Dispatcher, make_celery, queue_of
 from headwater.service import running
 from headwater.settings import Settings
 from headwater.telemetry import Telemetry
@@ -57,13 +57,29 @@ def test_runs_and_housekeeping_have_queues_of_their_own(app: Celery) -> None:
     }
     assert queue_of(new_run("chat")) == "chat"
     assert queue_of(new_run("shorts")) == "jobs"
-    for task in (SWEEP_TASK, SYNC_TASK):
-        assert app.amqp.router.route({}, task)["queue"].name == "maintenance"
+    assert app.amqp.router.route({}, SYNC_TASK)["queue"].name == "maintenance"
 
 
-def test_beat_sweeps_and_syncs_and_leaves_no_stale_orders_behind(app: Celery) -> None:
+def test_a_process_that_hangs_is_killed_after_the_runs_deadline_and_before_its_message_comes_again(app: Celery) -> None:
+    visibility = app.conf.broker_transport_options["visibility_timeout"]
+    assert 7200 + 60 < app.conf.task_time_limit < visibility
+    # It would free the process's place in the pool, and the kill would never come.
+    assert app.conf.task_soft_time_limit is None
+
+
+def test_a_number_of_runs_that_was_set_holds_for_celerys_own_command_too() -> None:
+    def conf(**settings: Any) -> Any:
+        return make_celery(Settings(redis_url=URL, **settings)).conf
+
+    assert conf(worker_concurrency=7).worker_concurrency == 7
+    # The default of ours belongs to the threads pool; Celery's own pool would start 64 processes.
+    assert conf().worker_concurrency is None
+    assert conf(worker_pool="threads").worker_pool == "prefork"
+
+
+def test_beat_syncs_and_leaves_no_stale_orders_behind(app: Celery) -> None:
     schedule = app.conf.beat_schedule
-    assert {entry["task"] for entry in schedule.values()} == {SWEEP_TASK, SYNC_TASK}
+    assert {entry["task"] for entry in schedule.values()} == {SYNC_TASK}
     assert all(entry["options"]["expires"] <= entry["schedule"] for entry in schedule.values())
 
 
@@ -119,6 +135,7 @@ async def test_a_run_is_sent_under_its_own_id_with_its_input() -> None:
     (sent,) = post.celery.sent
     assert (sent["name"], sent["task_id"], sent["queue"]) == (RUN_TASK, run.id, "chat")
     assert sent["args"] == [run.to_json()]
+    assert (sent["argsrepr"], sent["kwargsrepr"]) == (f"<run {run.id}, chat>", "{}")
 
 
 async def test_what_fails_is_sent_again_in_order() -> None:

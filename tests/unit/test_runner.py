@@ -255,6 +255,22 @@ async def test_what_nobody_expected_ends_as_internal_without_quoting_it(caplog: 
     assert "sk-secret" in caplog.text
 
 
+@pytest.mark.parametrize("raised", [SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError, MemoryError])
+async def test_what_is_no_ordinary_exception_ends_the_run_and_not_its_worker(raised: type[BaseException]) -> None:
+    async def script(run: Run, said: Transcript) -> AsyncGenerator[Event, None]:
+        yield content("x")
+        raise raised
+
+    bench = Bench(ScriptedPipeline(script))
+    run = await bench.accepted()
+    ended = await bench.runner.execute(run, "w")
+    assert ended is not None
+    assert ended.state is RunState.FAILED
+    events = await bench.check_end(run, EventType.ERROR)
+    assert events[-1].data["code"] == "internal"
+    assert Transcript.of(events).content == "x"
+
+
 @pytest.mark.parametrize(
     "bad",
     [Event(EventType.PROGRESS, {"stage": object()}), Event(EventType.LOG, {"seq": 7}), Event(EventType.CONTENT, {})],

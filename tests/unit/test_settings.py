@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from headwater.errors import SettingsError
 from headwater.settings import Settings, load_settings
@@ -85,6 +86,7 @@ def test_a_failpoint_needs_debug(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_secrets_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OPENAI_API_KEY", "HEADWATER_ACCESS_TOKEN", "DATABASE_URL"):
         monkeypatch.setenv(name, "very-secret-value")
+    monkeypatch.setenv("REDIS_URL", "redis://:very-secret-value@127.0.0.1:6379/0")
     assert "very-secret" not in repr(load_settings())
 
 
@@ -93,3 +95,22 @@ def test_what_is_missing_says_what_to_do() -> None:
         load_settings().need_redis()
     with pytest.raises(SettingsError, match="headwater up"):
         load_settings().need_database()
+
+
+@pytest.mark.parametrize("url", ["foo", "http://hush@h", "redis://:hu/sh@h:1", "redis://:hush@h:port", "amqp://hush@h"])
+def test_an_address_that_is_not_of_redis_is_refused_without_showing_it(
+    monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    monkeypatch.setenv("REDIS_URL", url)
+    with pytest.raises(SettingsError, match=r"REDIS_URL.*redis://, rediss:// or unix://") as error:
+        load_settings()
+    assert "hush" not in str(error.value)
+    with pytest.raises(ValidationError) as raw:
+        Settings()
+    assert "hush" not in str(raw.value)
+
+
+@pytest.mark.parametrize("url", ["redis://h", "rediss://u:p%2F@h:6380/1", "unix:///run/redis.sock", "memory://"])
+def test_addresses_of_redis_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("REDIS_URL", url)
+    assert load_settings().need_redis() == url

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
+import urllib.request
 
 import pytest
 
+from headwater.dev.services import free_port
 from headwater.errors import SettingsError
 from headwater.telemetry import METRICS, STEPS, Telemetry, arm
 
@@ -23,6 +26,21 @@ def test_every_metric_of_the_table_is_exposed() -> None:
     text = telemetry.exposition().decode()
     missing = [metric.name for metric in METRICS if f"# TYPE {metric.name.removesuffix('_total')}" not in text]
     assert missing == []
+
+
+def test_a_process_without_a_web_server_serves_its_own_figures_until_it_is_told_to_end() -> None:
+    telemetry, port = Telemetry(), free_port()
+    telemetry.count("headwater_log_rewritten_total")
+    end = telemetry.serve("127.0.0.1", port)
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            assert b"headwater_log_rewritten_total 1.0" in answer.read()
+        with pytest.raises(OSError):
+            Telemetry().serve("127.0.0.1", port)
+    finally:
+        end()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
 
 
 def test_a_name_outside_the_table_is_an_error() -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, MutableMapping
+from collections.abc import AsyncIterator, MutableMapping, Sequence
 from typing import Any
 
 import pytest
 from starlette.exceptions import HTTPException
 
 from headwater.access import Caller
-from headwater.errors import BadCursor, InvalidInput, NotFound, TooMany, Unavailable
+from headwater.errors import BadCursor, HeadwaterError, InvalidInput, NotFound, StoreUnavailable, TooMany, Unavailable
 from headwater.events import Event, content, done
 from headwater.hub import Hub
 from headwater.ids import new_id
@@ -18,6 +18,7 @@ from headwater.runs import Lease, Run
 from headwater.streams.base import Page
 from headwater.streams.memory import MemoryStreamLog
 from headwater.telemetry import Telemetry
+from headwater.transports import sse
 from headwater.transports.base import Streams
 from headwater.transports.sse import MAX_RUNS, StreamEndpoint
 from support.wait import eventually
@@ -90,14 +91,31 @@ class World:
         self.hub = Hub(self.log, history=None, telemetry=self.telemetry, heartbeat=limits.pop("heartbeat", 15.0))
         self.streams = Streams(**{"limit": 100, "telemetry": self.telemetry, **limits})
         self.foreign: set[str] = set()
-        self.endpoint = StreamEndpoint(self.hub, self.streams, may=self.may, read=self.read)
+        #: Runs of which nobody can tell whose they are.
+        self.untold: set[str] = set()
+        #: Cleared: whoever asks whose runs these are waits.
+        self.telling = asyncio.Event()
+        self.telling.set()
+        #: Reads that have begun and wait for `reading`.
+        self.waiting = 0
+        self.reading = asyncio.Event()
+        self.reading.set()
+        self.endpoint = StreamEndpoint(self.hub, self.streams, may=self.may, may_each=self.may_each, read=self.read)
         self.leases: dict[str, Lease] = {}
 
     async def may(self, caller: Caller, run_id: str) -> None:
         if run_id in self.foreign:
             raise NotFound("There is no such run.")
 
+    async def may_each(self, caller: Caller, run_ids: Sequence[str]) -> dict[str, HeadwaterError]:
+        await self.telling.wait()
+        unknown = {run_id: NotFound("There is no such run.") for run_id in run_ids if run_id in self.foreign}
+        return {**unknown, **{one: StoreUnavailable("PostgreSQL is away.") for one in run_ids if one in self.untold}}
+
     async def read(self, run_id: str, after: int, limit: int) -> Page | None:
+        self.waiting += 1
+        await self.reading.wait()
+        self.waiting -= 1
         return await self.log.read(run_id, after, limit)
 
     async def run(self, *texts: str, end: bool = False) -> str:
@@ -313,6 +331,71 @@ async def test_an_unknown_run_among_others_is_named_and_the_others_go_on(world: 
     error = next(line for line in reader.body.split(b"\n") if foreign.encode() in line)
     assert b'"code":"not_found"' in error
     assert reader.ids == [f"{world.epoch(known)}-1", f"{world.epoch(known)}-2"]
+
+
+async def test_a_run_that_nobody_can_tell_of_now_is_named_and_the_others_go_on(world: World) -> None:
+    known, untold = await world.run("a", end=True), new_id()
+    world.untold.add(untold)
+    reader = await Reader(world, None, f"runs={untold},{known}").read()
+    assert reader.status == 200
+    frame = next(part for part in reader.body.split(b"\n\n") if untold.encode() in part)
+    assert frame.startswith(b"event: error\n")
+    assert b'"code":"store_unavailable"' in frame
+    assert b'"retryable":true' in frame
+    assert reader.ids == [f"{world.epoch(known)}-1", f"{world.epoch(known)}-2"]
+
+
+async def test_the_ends_of_several_runs_are_looked_for_at_once(world: World) -> None:
+    runs = [await world.run("a") for _ in range(24)]
+    world.reading.clear()
+    reader = Reader(world, None, "runs=" + ",".join(f"{one}:{world.epoch(one)}-1" for one in runs)).start()
+    await eventually(lambda: world.waiting == len(runs))
+    world.reading.set()
+    await reader.until(b"retry: ")
+    reader.gone.set()
+    await reader.read()
+
+
+async def test_a_log_that_does_not_answer_holds_up_several_runs_no_longer_than_one(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sse, "LOOK", 0.01)
+    run_id = await world.run("a")
+    world.reading.clear()
+    reader = Reader(world, None, f"runs={run_id}:{world.epoch(run_id)}-1").start()
+    await reader.until(b"retry: ")
+    reader.gone.set()
+    await reader.read()
+
+
+async def test_streams_count_while_their_runs_are_still_being_looked_up() -> None:
+    world = World(limit=2)
+    await world.hub.start()
+    query = f"runs={await world.run('a')}"
+    world.telling.clear()
+    readers = [Reader(world, None, query).start() for _ in range(2)]
+    await eventually(lambda: len(world.streams) == 2)
+    with pytest.raises(TooMany):
+        await Reader(world, None, query).read()
+    world.telling.set()
+    for reader in readers:
+        await reader.until(b'"a"')
+        reader.gone.set()
+        await reader.read()
+    assert len(world.streams) == 0
+    world.streams.close()
+    await world.hub.stop()
+
+
+async def test_a_server_that_begins_to_stop_while_runs_are_looked_up_sends_their_reader_away(world: World) -> None:
+    world.telling.clear()
+    reader = Reader(world, None, f"runs={await world.run('a')}").start()
+    await eventually(lambda: len(world.streams) == 1)
+    world.streams.drain()
+    world.telling.set()
+    with pytest.raises(Unavailable):
+        await reader.read()
+    assert reader.status == 0
 
 
 async def test_several_runs_all_past_their_end_are_204(world: World) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -113,3 +116,53 @@ async def test_it_drains_and_stops_while_redis_is_away(runtimes: Runtimes) -> No
     assert await waiting is None
     await asyncio.to_thread(runtimes.stop)
     assert not runtime.alive
+
+
+async def test_a_worker_of_one_process_serves_its_metrics_and_gives_the_port_back(
+    settings: Settings, celery: Celery
+) -> None:
+    port = free_port()
+    runtimes = Runtimes(settings.model_copy(update={"worker_metrics_port": port}), celery)
+    runtime = await asyncio.to_thread(runtimes.here)
+    try:
+        await asyncio.to_thread(runtime._ready.result)
+        assert b"# TYPE headwater_runs_ended_total counter" in await asyncio.to_thread(scrape, port)
+    finally:
+        await asyncio.to_thread(runtimes.stop)
+    with pytest.raises(OSError):
+        await asyncio.to_thread(scrape, port)
+
+
+async def test_a_metrics_port_that_is_taken_keeps_no_worker_from_working(
+    settings: Settings, celery: Celery, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        runtimes = Runtimes(settings.model_copy(update={"worker_metrics_port": port}), celery)
+        runtime = await asyncio.to_thread(runtimes.here)
+        try:
+            await asyncio.to_thread(runtime._ready.result)
+        finally:
+            await asyncio.to_thread(runtimes.stop)
+    assert f"HEADWATER_WORKER_METRICS_PORT={port} cannot be bound" in caplog.text
+
+
+async def test_a_child_of_a_pool_leaves_the_metrics_port_alone(
+    settings: Settings, celery: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port()
+    runtimes = Runtimes(settings.model_copy(update={"worker_metrics_port": port}), celery)
+    # As after a fork: made by another process.
+    monkeypatch.setattr(runtimes, "_maker", os.getppid())
+    runtime = await asyncio.to_thread(runtimes.here)
+    try:
+        await asyncio.to_thread(runtime._ready.result)
+        with pytest.raises(OSError):
+            await asyncio.to_thread(scrape, port)
+    finally:
+        await asyncio.to_thread(runtimes.stop)
+
+
+def scrape(port: int) -> bytes:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        return bytes(answer.read())

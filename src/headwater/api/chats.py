@@ -24,7 +24,8 @@ async def list_chats(
     """The caller's chats, the latest first."""
     page = await graph.reading.list_chats(caller, after=after or None, limit=limit, query=q or None)
     active = {run.chat_id: run.id for run in await graph.reading.active_tasks(caller)} if page.items else {}
-    return ChatList(items=[ChatSummary.of(chat, active.get(chat.id)) for chat in page.items], next=page.next)
+    items = [ChatSummary.of(chat, active.get(chat.id)) for chat in page.items]
+    return ChatList(items=items, next=page.next, degraded=page.degraded)
 
 
 @router.post("", status_code=201, responses=problems(503, 507, body=True))
@@ -46,7 +47,7 @@ async def get_chat(graph: Parts, caller: Who, chat_id: ChatId) -> ChatOut:
     """A chat with its messages, oldest first."""
     view = await graph.reading.get_chat(caller, chat_id)
     active = await graph.reading.active_task(caller, chat_id)
-    return ChatOut.whole(view.chat, active.id if active else None, list(view.messages))
+    return ChatOut.whole(view.chat, active.id if active else None, view.messages, degraded=view.degraded)
 
 
 @router.patch("/{chat_id}", responses=problems(404, 503, body=True))

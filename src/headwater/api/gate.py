@@ -110,7 +110,7 @@ class Gate:
         return caller
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # There is no WebSocket yet. The check of its origin stands here already, ahead of whatever comes.
+        # There is none, so every one is refused, whoever asks.
         await receive()
         await send({"type": "websocket.close", "code": 1008, "reason": "There is no WebSocket here."})
 

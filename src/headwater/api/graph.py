@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping, Set
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -160,10 +160,10 @@ async def assemble(settings: Settings, telemetry: Telemetry) -> AsyncIterator[Gr
             reading=reading,
             intake=intake,
             streams=open_streams,
-            stream=StreamEndpoint(hub, open_streams, may=reading.may_read, read=read),
+            stream=StreamEndpoint(hub, open_streams, may=reading.may_read, may_each=reading.may_read_each, read=read),
             poll=Poll(hub, open_streams, may=reading.may_read, read=read),
             checkup=checkup,
-            about=servers.about,
+            about={**servers.about, "access": "open" if settings.access_token is None else "token"},
         )
 
 
@@ -190,12 +190,12 @@ class _FirstLook(Service):
         self._settled = settled
 
     async def run(self) -> None:
-        await self._say({"worker"})
+        await self._say(lambda name: name != "worker")
         # The workers are often started together with the servers and take longer.
         await asyncio.sleep(self._settled)
-        await self._say_worker()
+        await self._say(lambda name: name == "worker")
 
-    async def _say(self, leave_out: Set[str]) -> None:
+    async def _say(self, which: Callable[[str], bool]) -> None:
         for name, part in (await self._checkup.parts()).items():
-            if not part["ok"] and name not in leave_out:
+            if not part["ok"] and which(name):
                 logger.warning("%s: %s", name, part["detail"])

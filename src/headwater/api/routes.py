@@ -8,9 +8,7 @@ from fastapi import Depends, Header, Request
 
 from headwater.access import Caller
 from headwater.api.graph import Graph
-
-#: Characters of an Idempotency-Key: what a client makes, usually a UUID.
-KEY_PATTERN = r"^[\x21-\x7e]{1,255}$"
+from headwater.intake.checks import KEY_PATTERN
 
 
 def _graph(request: Request) -> Graph:

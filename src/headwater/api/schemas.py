@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
 from fastapi import Path
@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from headwater.clock import to_datetime
 from headwater.ids import ID_PATTERN
-from headwater.messages import Chat, Message, MessageStatus, Role
+from headwater.messages import Chat, Message, MessageStatus, Role, flaw_of
 from headwater.runs import Run, RunState
 
 #: Characters of a title that a person may set.
@@ -20,14 +20,15 @@ MAX_TITLE = 200
 _SAYS_SOMETHING = "^[^\\u0000]*[^\\s\\u0000][^\\u0000]*$"
 
 
-def _no_nul(text: str) -> str:
-    if "\x00" in text:
-        raise ValueError("must not contain the character NUL")
+def _storable(text: str) -> str:
+    flaw = flaw_of(text)
+    if flaw is not None:
+        raise ValueError(flaw)
     return text
 
 
 #: Text that PostgreSQL can keep.
-Text: TypeAlias = Annotated[str, AfterValidator(_no_nul), Field(json_schema_extra={"pattern": "^[^\\u0000]*$"})]
+Text: TypeAlias = Annotated[str, AfterValidator(_storable), Field(json_schema_extra={"pattern": "^[^\\u0000]*$"})]
 Title: TypeAlias = Annotated[
     Text, Field(min_length=1, max_length=MAX_TITLE, json_schema_extra={"pattern": _SAYS_SOMETHING})
 ]
@@ -143,11 +144,13 @@ class ChatOut(ChatSummary):
     """A chat with its messages, oldest first."""
 
     messages: list[MessageOut]
+    degraded: bool = Field(description="PostgreSQL is away: earlier messages may be missing.")
 
     @classmethod
-    def whole(cls, chat: Chat, active: str | None, messages: list[Message]) -> ChatOut:
+    def whole(cls, chat: Chat, active: str | None, messages: Sequence[Message], *, degraded: bool) -> ChatOut:
         summary = ChatSummary.of(chat, active)
-        return cls(**dict(summary), messages=[MessageOut.model_validate(message) for message in messages])
+        shown = [MessageOut.model_validate(message) for message in messages]
+        return cls(**dict(summary), messages=shown, degraded=degraded)
 
 
 class ChatList(Model):
@@ -155,6 +158,7 @@ class ChatList(Model):
 
     items: list[ChatSummary]
     next: str | None = Field(description="Send it as `after` for the next page; null at the end.")
+    degraded: bool = Field(description="PostgreSQL is away: these are the chats that are at hand.")
 
 
 class NewMessage(Request):
@@ -246,4 +250,5 @@ class Health(Model):
     demo: bool = Field(description="No model is configured; the built-in demo answers.")
     model: str
     version: str
+    access: Literal["open", "token"] = Field(description="`token`: callers sign in, and may sign out.")
     parts: Mapping[str, Part]

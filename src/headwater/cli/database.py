@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import typer
 
 from headwater.cli.shared import DataDir, Yes, settings_of_running
+from headwater.errors import LogUnavailable
 from headwater.settings import Settings
 
 if TYPE_CHECKING:
@@ -46,24 +48,63 @@ def upgrade(data_dir: DataDir = None) -> None:
 
 @db.command("clear")
 def clear(yes: Yes = False, data_dir: DataDir = None) -> None:
-    """Delete every chat, message and run. The schema stays. Cannot be undone."""
+    """Delete every chat, message and run: in PostgreSQL, in this machine's journal and in Redis. Cannot be undone.
+
+    The schema stays. Stop servers and workers first, or wait until nothing runs: an answer under way is written again.
+    """
     from headwater.store import migrate
 
-    url = _settings(data_dir).need_database()
-    _ask(yes, "Delete every chat, message and run in the database? This cannot be undone.")
-    migrate.clear(url)
-    typer.echo("Every row is deleted.")
+    settings = _settings(data_dir)
+    url = settings.need_database()
+    _ask(yes, "Delete every chat, message and run in PostgreSQL, the journal and Redis? This cannot be undone.")
+    _delete_all(settings, lambda: migrate.clear(url), "PostgreSQL: every row is deleted.")
 
 
 @db.command("reset")
 def reset(yes: Yes = False, data_dir: DataDir = None) -> None:
-    """Drop headwater's tables and make them again, empty. For a schema that cannot be upgraded. Cannot be undone."""
+    """Drop headwater's tables and make them again, empty, and empty journal and Redis. Cannot be undone.
+
+    For a schema that cannot be upgraded. Stop servers and workers first.
+    """
     from headwater.store import migrate
 
-    url = _settings(data_dir).need_database()
-    _ask(yes, "Drop headwater's tables with everything in them and make them anew? This cannot be undone.")
-    migrate.reset(url)
-    typer.echo(f"The tables are made anew, at {migrate.head()}.")
+    settings = _settings(data_dir)
+    url = settings.need_database()
+    _ask(yes, "Drop headwater's tables, and delete what the journal and Redis hold? This cannot be undone.")
+    _delete_all(settings, lambda: migrate.reset(url), f"PostgreSQL: the tables are made anew, at {migrate.head()}.")
+
+
+def _delete_all(settings: Settings, empty_postgres: Callable[[], None], told: str) -> None:
+    """Journal, PostgreSQL, Redis; a line about each. Raises when one of them was not emptied."""
+    from headwater.queue import CHAT_QUEUE, JOBS_QUEUE
+    from headwater.store.probe import postgres_facts
+    from headwater.streams.clear import clear as clear_redis
+
+    # Nothing is deleted anywhere while PostgreSQL, the master, is away.
+    postgres_facts(settings.need_database())
+
+    async def empty_journal() -> int:
+        async with _Opened(settings) as opened:
+            return await opened.clear()
+
+    # The journal first: what waits in it would be brought to the empty PostgreSQL.
+    count = asyncio.run(empty_journal()) if settings.journal_file.exists() else 0
+    typer.echo(f"Journal: {count} records are deleted ({settings.journal_file}).")
+    empty_postgres()
+    typer.echo(told)
+    if not settings.redis_url:
+        typer.echo(
+            "Redis: REDIS_URL is not set, so nothing is deleted there. What a Redis holds stays readable until it "
+            f"expires, {settings.stream_ttl} s after the end of each run."
+        )
+        return
+    try:
+        runs = asyncio.run(clear_redis(settings.redis_url, (CHAT_QUEUE, JOBS_QUEUE)))
+    except LogUnavailable as error:
+        raise LogUnavailable(
+            f"Redis: nothing is deleted there, and the logs of runs remain. {error} Then run this again."
+        ) from None
+    typer.echo(f"Redis: the logs of {runs} runs are deleted, with what was queued.")
 
 
 @journal.command("status")

@@ -27,7 +27,7 @@ def up(
     host: Host = None,
     port: Port = None,
     data_dir: DataDir = None,
-    beat: Annotated[bool, typer.Option(help="Run the periodic clean-up and catch-up jobs.")] = True,
+    beat: Annotated[bool, typer.Option(help="Run the periodic catch-up and clean-up job.")] = True,
 ) -> None:
     """Start everything on this machine and stay until Ctrl-C.
 
@@ -97,7 +97,7 @@ def worker(
     settings.need_redis()
     settings.need_database()
     start_logging(settings, parent)
-    from headwater.worker.app import create_app
+    from headwater.worker.celery_app import create_app
 
     arguments = ["worker", f"--pool={settings.worker_pool}", f"--concurrency={settings.concurrency}"]
     # The workers need not know each other, and asking around delays each start by a second.
@@ -110,7 +110,7 @@ def worker(
 
 
 def beat(parent: Parent = None) -> None:
-    """Run the clock alone: it starts the periodic jobs that take over lost runs and catch up with PostgreSQL.
+    """Run the clock alone: it starts the periodic job that catches up with PostgreSQL and clears the journal.
 
     Needs REDIS_URL. One per installation is enough; a second one does no harm.
     """

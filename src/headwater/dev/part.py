@@ -129,6 +129,8 @@ class Program(Part):
         self._ready_line = ready_line
         self._process: asyncio.subprocess.Process | None = None
         self.tail: deque[str] = deque(maxlen=TAIL)
+        #: The process whose number was said last.
+        self._told = 0
 
     async def _live(self) -> str:
         process = await asyncio.create_subprocess_exec(
@@ -180,7 +182,7 @@ class Program(Part):
     async def _await_ready(self) -> None:
         if self._becomes_ready is not None:
             await self._becomes_ready()
-            self.ready.set()
+            self._is_ready()
 
     async def _pump(self, process: asyncio.subprocess.Process) -> None:
         if process.stdout is None:
@@ -199,12 +201,20 @@ class Program(Part):
         if not line:
             return
         self.tail.append(line)
-        if self._ready_line is not None and self._ready_line.search(line):
-            self.ready.set()
         level, _, _ = line.partition(" ")
         self._console.say(
             self.name, line, "error" if level in {"ERROR", "CRITICAL"} else "warning" if level == "WARNING" else ""
         )
+        if self._ready_line is not None and self._ready_line.search(line):
+            self._is_ready()
+
+    def _is_ready(self) -> None:
+        process = self._process
+        if process is not None and process.pid != self._told:
+            # The number is what a person needs to look at the process, or to kill it and see what happens.
+            self._told = process.pid
+            self._console.say(self.name, f"ready (process {process.pid})")
+        self.ready.set()
 
 
 def ended(code: int) -> str:

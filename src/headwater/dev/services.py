@@ -31,6 +31,8 @@ class Postgres(Child):
     def __init__(self, data_dir: Path, options: dict[str, str] | None = None) -> None:
         super().__init__(data_dir)
         self.options = options or {}
+        #: Folders that the last start let other users pass through, as PostgreSQL does not run as root.
+        self.opened: tuple[Path, ...] = ()
         self._socket_dir = _socket_dir(data_dir)
 
     def url(self, database: str = "headwater") -> str:
@@ -43,7 +45,7 @@ class Postgres(Child):
         uid = account.pw_uid if account else None
         _private_folder(self._socket_dir, account)
         if account:
-            _let_through((*self.data_dir.parents, *bin_dir.parents))
+            self.opened = _let_through((*self.data_dir.parents, *bin_dir.parents))
         end_leftover(self.data_dir / "postmaster.pid", "postgres", signal.SIGINT)
         if not (self.data_dir / "PG_VERSION").exists():
             self._init(bin_dir, account)
@@ -110,7 +112,8 @@ class Redis(Child):
         self.password = password
 
     def url(self, database: int = 0) -> str:
-        credentials = f":{self.password}@" if self.password else ""
+        # With the name: some redis-cli send an empty one as it is, and are refused.
+        credentials = f"default:{self.password}@" if self.password else ""
         return f"redis://{credentials}127.0.0.1:{self.port}/{database}"
 
     def start(self) -> None:
@@ -218,12 +221,16 @@ def _private_folder(folder: Path, account: pwd.struct_passwd | None) -> None:
     folder.chmod(0o700)
 
 
-def _let_through(folders: tuple[Path, ...]) -> None:
+def _let_through(folders: tuple[Path, ...]) -> tuple[Path, ...]:
+    """Those that had to be changed."""
+    opened = []
     for folder in folders:
         mode = folder.stat().st_mode
         if not mode & stat.S_IXOTH:
             # Passing through, not listing: the least that lets another user find its own files below.
             folder.chmod(mode | stat.S_IXOTH)
+            opened.append(folder)
+    return tuple(opened)
 
 
 def _account() -> pwd.struct_passwd:

@@ -158,6 +158,13 @@ class Stack:
         self._console.say(
             server.name, f"ready in {took:.1f} s (process {server.child.pid}, log {server.child.log_file})"
         )
+        if isinstance(server.child, Postgres) and server.child.opened:
+            folders = ", ".join(str(folder) for folder in server.child.opened)
+            self._console.say(
+                server.name,
+                f"does not run as root, so other users may pass through (chmod o+x, not list) from now on: {folders}",
+                "warning",
+            )
         self._up.tasks.append(asyncio.create_task(server.supervise(), name=server.name))
 
     async def _reach(self, redis_url: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import uuid
 from enum import Enum
 from typing import Final
@@ -11,10 +12,12 @@ import orjson
 
 from headwater.errors import InvalidInput, KeyReused, NotFound
 from headwater.ids import is_id, new_id
+from headwater.messages import flaw_of
 
-#: Characters of a title that a person sets, and of an Idempotency-Key.
+#: Characters of a title that a person sets.
 TITLE_LIMIT: Final = 200
-KEY_LIMIT: Final = 255
+#: An Idempotency-Key: what a client makes, usually a UUID.
+KEY_PATTERN: Final = r"^[\x21-\x7e]{1,255}$"
 
 
 class Unset(Enum):
@@ -51,9 +54,9 @@ def checked_key(key: str | None) -> str | None:
     """An Idempotency-Key. Raises InvalidInput."""
     if key is None:
         return None
-    _storable("Idempotency-Key", key)
-    if not key.strip() or len(key) > KEY_LIMIT or not key.isprintable():
-        raise InvalidInput(f"Idempotency-Key is not 1 to {KEY_LIMIT} printable characters.")
+    # fullmatch: to Python's `$` a line break at the end is none.
+    if not re.fullmatch(KEY_PATTERN[1:-1], key):
+        raise InvalidInput("Idempotency-Key is not 1 to 255 visible ASCII characters.")
     return key
 
 
@@ -104,8 +107,6 @@ def _split(text: str) -> tuple[str, int]:
 
 
 def _storable(field: str, text: str) -> None:
-    if "\0" in text:
-        raise InvalidInput(f"{field} contains the character NUL, which cannot be stored.")
-    # Half of a surrogate pair is no character; it comes from a string cut in the middle.
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise InvalidInput(f"{field} contains half of a surrogate pair, which is no valid Unicode.")
+    flaw = flaw_of(text)
+    if flaw is not None:
+        raise InvalidInput(f"{field} {flaw}.")

@@ -120,6 +120,13 @@ class Journal:
         """Delete every record of a chat, synced or not: the chat was deleted, and so is what it said. Their number."""
         return await self._writer.submit(lambda connection: rows.forget(connection, chat_id))
 
+    async def clear(self) -> int:
+        """Delete every record, key and cancel, and give the space back to the disk. The number of records."""
+        deleted = await self._writer.submit(rows.clear)
+        while await self._writer.submit(rows.shrink, alone=True):
+            pass
+        return deleted
+
     async def put_back(self) -> int:
         """Let every record that was set aside be tried again. Returns their number."""
         return await self._writer.submit(rows.put_back)

@@ -270,6 +270,15 @@ def forget(connection: apsw.Connection, chat_id: str) -> int:
     return connection.changes()
 
 
+def clear(connection: apsw.Connection) -> int:
+    """Delete everything. Positions go on: none is given twice. Returns the number of records."""
+    connection.execute("DELETE FROM records")
+    deleted = connection.changes()
+    connection.execute("DELETE FROM keys")
+    connection.execute("DELETE FROM cancels")
+    return deleted
+
+
 def count(connection: apsw.Connection) -> tuple[int, int | None, int]:
     """How many wait, when the first of them was appended, how many are set aside."""
     waiting_rows, oldest = _first(connection, _COUNT)

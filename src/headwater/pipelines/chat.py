@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from headwater import events
 from headwater.events import Event
-from headwater.messages import Message, MessageStatus, Role
+from headwater.messages import Message, MessageStatus, Role, mended
 from headwater.pipelines.base import Pipeline
 from headwater.providers.base import ChatRequest, Provider
 from headwater.runs import Run, RunState
@@ -72,9 +72,9 @@ class ChatPipeline(Pipeline):
                 if delta.notice:
                     yield events.log(delta.notice, "warning")
                 if delta.reasoning:
-                    yield events.reasoning(_storable(delta.reasoning))
+                    yield events.reasoning(mended(delta.reasoning))
                 if delta.content:
-                    yield events.content(_storable(delta.content))
+                    yield events.content(mended(delta.content))
                 if delta.usage is not None:
                     # The demo's figures are a guess, as no model counted.
                     yield events.usage(*delta.usage, estimated=self._provider.demo)
@@ -145,8 +145,3 @@ def fit(messages: Sequence[Mapping[str, Any]], max_characters: int) -> list[dict
 
 def _tokens(characters: int) -> int:
     return -(-characters // CHARACTERS_PER_TOKEN)
-
-
-def _storable(text: str) -> str:
-    """PostgreSQL keeps no NUL; what is shown must be what is kept."""
-    return text.replace("\0", "\N{REPLACEMENT CHARACTER}") if "\0" in text else text

@@ -215,7 +215,12 @@ class Attempt:
         except RunFailed as error:
             logger.info("Run %s failed: %s: %s", self._run.id, error.code, error)
             return endings.failure(error)
-        except Exception:
+        except BaseException:
+            # Also SystemExit, which would take the loop and every run on it along, and a CancelledError that nobody
+            # asked for: a pipeline calls foreign code. Only our own cancel goes on.
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
             logger.exception("The pipeline %s of run %s raised", self._run.kind, self._run.id)
             return endings.internal()
 

@@ -18,6 +18,7 @@ from typing import Any, Final
 from headwater.clock import Clock
 from headwater.errors import LogLost, LogRefused, LogUnavailable, RunFailed
 from headwater.events import Event, EventType
+from headwater.messages import mended
 from headwater.runner.leases import Hold, Stop
 from headwater.runs import Run
 from headwater.streams.base import Appended, StreamLog
@@ -131,7 +132,7 @@ class Writer:
             await self._room.wait()
 
     def _add_text(self, event: Event) -> None:
-        text = _clean(event.data["text"])
+        text = mended(event.data["text"])
         if not text:
             return
         last = self._waiting[-1] if self._waiting else None
@@ -290,16 +291,3 @@ async def nap(unless: asyncio.Event, delay: float) -> None:
     """Wait about `delay` seconds before the next try, or until `unless`."""
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(unless.wait(), delay * random.uniform(0.5, 1.0))
-
-
-def _clean(text: str) -> str:
-    """Text that JSON, PostgreSQL and every reader can hold: no lone surrogates, no NUL."""
-    if "\0" in text:
-        text = text.replace("\0", "\N{REPLACEMENT CHARACTER}")
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            # Joins halves that belong together and replaces those that stand alone.
-            text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text

@@ -9,7 +9,6 @@ from typing import Any, Final
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from headwater.errors import StoreUnavailable
 from headwater.records import Record
 from headwater.store.apply import apply
 from headwater.store.chats import Chats, Turn, turn
@@ -32,18 +31,12 @@ class Store:
 
     def __init__(self, url: str, *, pool_size: int, wait: float, telemetry: Telemetry) -> None:
         self._database = Database(url, pool_size=pool_size, wait=wait)
-        self._telemetry = telemetry
         self.chats = Chats(self._database)
         self.runs = Runs(self._database)
 
     async def ping(self) -> None:
-        """Whether PostgreSQL answers, as the gauge `headwater_up` too."""
-        try:
-            await self._database.run(lambda connection: _ping(connection))
-        except StoreUnavailable:
-            self._telemetry.gauge("headwater_up", 0, part="store")
-            raise
-        self._telemetry.gauge("headwater_up", 1, part="store")
+        """Whether PostgreSQL answers."""
+        await self._database.run(lambda connection: _ping(connection))
 
     async def close(self) -> None:
         await self._database.close()

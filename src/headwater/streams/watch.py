@@ -54,10 +54,12 @@ async def published(url: str, pattern: str) -> AsyncIterator[Published | None]:
     """
     stood = False
     while True:
-        client = redis.asyncio.Redis.from_url(url, socket_connect_timeout=_PATIENCE)
+        # No limit to the silence, which some versions of redis-py set by default: a channel may well be quiet.
+        client = redis.asyncio.Redis.from_url(url, socket_connect_timeout=_PATIENCE, socket_timeout=None)
         try:
             async with client, client.pubsub() as pubsub:
-                await pubsub.psubscribe(pattern)
+                async with asyncio.timeout(_PATIENCE):
+                    await pubsub.psubscribe(pattern)
                 async for message in pubsub.listen():
                     if message["type"] == "psubscribe":
                         stood = True
@@ -66,7 +68,9 @@ async def published(url: str, pattern: str) -> AsyncIterator[Published | None]:
                         yield parse_published(message["channel"].decode(errors="replace"), message["data"])
         except (RedisConnectionError, RedisTimeoutError, OSError) as error:
             if not stood:
-                raise LogUnavailable(f"Redis at {shown(url)} does not answer: {error}. Check REDIS_URL.") from None
+                # asyncio's own TimeoutError, which is an OSError, says nothing.
+                why = str(error) or f"it is silent for {_PATIENCE:g} s"
+                raise LogUnavailable(f"Redis at {shown(url)} does not answer: {why}. Check REDIS_URL.") from None
         except RedisError as error:
             raise LogUnavailable(f"Redis at {shown(url)} refuses: {error}.") from None
         await asyncio.sleep(_RETRY)

@@ -10,11 +10,11 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Final, Protocol
 
 from headwater.access import Caller
-from headwater.errors import TooMany, Unavailable
+from headwater.errors import HeadwaterError, TooMany, Unavailable
 from headwater.events import Cursor
 from headwater.streams.base import Page
 from headwater.telemetry import Telemetry
@@ -36,6 +36,12 @@ class May(Protocol):
     """Whether the caller may read the run. Raises NotFound, also for a run of somebody else."""
 
     def __call__(self, caller: Caller, run_id: str) -> Awaitable[None]: ...
+
+
+class MayEach(Protocol):
+    """Why the caller may not read some of these runs, by their ids: NotFound, or Unavailable when nobody can tell."""
+
+    def __call__(self, caller: Caller, run_ids: Sequence[str]) -> Awaitable[Mapping[str, HeadwaterError]]: ...
 
 
 class Read(Protocol):

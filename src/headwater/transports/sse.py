@@ -17,25 +17,27 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any, Final
 from urllib.parse import parse_qs
 
 from starlette.exceptions import HTTPException
 
 from headwater.access import Caller
-from headwater.errors import InvalidInput, LogUnavailable, NotFound
+from headwater.errors import HeadwaterError, InvalidInput, Unavailable
 from headwater.events import Cursor, EventType
 from headwater.formats.base import Format
 from headwater.formats.native import HEARTBEAT, Native, NativeOf, said
 from headwater.hub import Hub, Subscription
 from headwater.ids import is_id
-from headwater.transports.base import May, Read, Receive, Scope, Send, Stream, Streams, cursor_of
+from headwater.transports.base import May, MayEach, Read, Receive, Scope, Send, Stream, Streams, cursor_of
 
 logger = logging.getLogger(__name__)
 
 #: Runs on one connection; their ids and cursors keep the address under 8 KiB.
 MAX_RUNS: Final = 64
+#: Seconds to learn whether a reader has seen a run's end; beyond that it is followed, which tells as well.
+LOOK: Final = 1.0
 #: Seconds of silence on a stream of several runs after which a heartbeat is worth its bytes.
 QUIET: Final = 5.0
 
@@ -55,10 +57,13 @@ Headers = list[tuple[bytes, bytes]]
 class StreamEndpoint:
     """`endpoint(scope, receive, send, caller, run_id)`; `run_id` None for several runs by `?runs=`."""
 
-    def __init__(self, hub: Hub, streams: Streams, *, may: May, read: Read, form: Format | None = None) -> None:
+    def __init__(
+        self, hub: Hub, streams: Streams, *, may: May, may_each: MayEach, read: Read, form: Format | None = None
+    ) -> None:
         self._hub = hub
         self._streams = streams
         self._may = may
+        self._may_each = may_each
         self._read = read
         self._format = form or Native()
 
@@ -94,36 +99,42 @@ class StreamEndpoint:
     async def _many(
         self, runs: dict[str, Cursor | None], caller: Caller, headers: Headers, receive: Receive, send: Send
     ) -> None:
-        unknown: list[str] = []
-        follow: dict[str, Cursor | None] = {}
-        for run_id, after in runs.items():
-            try:
-                await self._may(caller, run_id)
-            except NotFound:
-                unknown.append(run_id)
-                continue
-            if after is None or not await self._past_end(run_id, after):
-                follow[run_id] = after
-        if not follow and not unknown:
-            await _no_content(send, headers)
-            return
-        subscriptions = {run_id: self._hub.subscribe(run_id, after) for run_id, after in follow.items()}
+        subscriptions: dict[str, Subscription] = {}
 
         def close() -> None:
             for subscription in subscriptions.values():
                 subscription.close()
 
         try:
+            # Counted ahead of the checks: they may wait for what is away, and so many as wait are a load as well.
             with self._streams.open("sse", caller.owner_id, close, _cutter(send)) as stream:
-                await _respond(stream, headers, _merged(subscriptions, unknown), receive, send)
+                refused = await self._may_each(caller, list(runs))
+                follow = await self._unread({one: after for one, after in runs.items() if one not in refused})
+                if stream.ending:
+                    # There was nothing to close yet when the server began to stop.
+                    raise Unavailable("The server is about to stop. Connect again in a moment.")
+                if not follow and not refused:
+                    await _no_content(send, headers)
+                    return
+                subscriptions.update((run_id, self._hub.subscribe(run_id, after)) for run_id, after in follow.items())
+                await _respond(stream, headers, _merged(subscriptions, refused), receive, send)
         finally:
             close()
 
+    async def _unread(self, runs: Mapping[str, Cursor | None]) -> dict[str, Cursor | None]:
+        """The runs of which the reader has not seen the end."""
+        ended = await asyncio.gather(*(self._past_end(run_id, after) for run_id, after in runs.items() if after))
+        over = {
+            run_id for run_id, past in zip((one for one, after in runs.items() if after), ended, strict=True) if past
+        }
+        return {run_id: after for run_id, after in runs.items() if run_id not in over}
+
     async def _past_end(self, run_id: str, after: Cursor) -> bool:
         try:
-            page = await self._read(run_id, after.seq, 1)
-        except LogUnavailable:
-            # Nobody can tell now; the stream waits for Redis and ends at once if it was over.
+            async with asyncio.timeout(LOOK):
+                page = await self._read(run_id, after.seq, 1)
+        except (Unavailable, TimeoutError):
+            # Nobody can tell now; the stream waits for what is away and ends at once if it was over.
             return False
         return page is not None and page.closed and page.epoch == after.epoch and after.seq >= page.count
 
@@ -173,10 +184,12 @@ async def _frames(subscription: Subscription, form: Format) -> AsyncGenerator[tu
             return
 
 
-async def _merged(subscriptions: dict[str, Subscription], unknown: list[str]) -> AsyncGenerator[tuple[bytes, bool]]:
-    """The frames of several runs as they come; `last` when every run has ended."""
-    for run_id in unknown:
-        data = {"code": NotFound.code, "message": "There is no such run.", "retryable": False}
+async def _merged(
+    subscriptions: Mapping[str, Subscription], refused: Mapping[str, HeadwaterError]
+) -> AsyncGenerator[tuple[bytes, bool]]:
+    """The frames of several runs as they come, until every run has ended; first why some are not among them."""
+    for run_id, error in refused.items():
+        data = {"code": error.code, "message": str(error), "retryable": error.retryable}
         yield said(run_id, EventType.ERROR, data), False
     # Bounded: a slow reader makes the pumps wait, and then the hub bounds what each run may pile up.
     queue: asyncio.Queue[tuple[bytes, bool]] = asyncio.Queue(maxsize=16)

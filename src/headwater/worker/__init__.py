@@ -10,9 +10,13 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    # `celery -A` looks for `app`, and for `celery` once the module of the same name has taken its place.
-    if name in {"app", "celery"}:
-        from headwater.worker.app import app
+    if name == "app":
+        from headwater.errors import SettingsError
 
+        try:
+            from headwater.worker.celery_app import app
+        except SettingsError as error:
+            # `celery -A` shows any exception with its traceback, and these sentences need none.
+            raise SystemExit(str(error)) from None
         return app
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

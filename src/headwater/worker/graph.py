@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ from headwater.syncer import Syncer
 from headwater.telemetry import Telemetry, arm
 from headwater.worker.presence import Presence
 
+logger = logging.getLogger(__name__)
+
 #: Milliseconds a journalled record stays after PostgreSQL has it.
 KEEP_SYNCED_MS: Final = 7 * 86_400_000
 
@@ -35,7 +39,6 @@ class Graph:
     """The parts of one worker process."""
 
     runner: Runner
-    sweeper: Sweeper
     syncer: Syncer
     journal: Journal
     clock: Clock
@@ -48,11 +51,16 @@ class Graph:
 
 
 @asynccontextmanager
-async def open_graph(settings: Settings, celery: Celery) -> AsyncIterator[Graph]:
-    """Make and start every part; stop them in reverse order. Raises JournalUnavailable, SettingsError."""
+async def open_graph(settings: Settings, celery: Celery, *, metrics: bool = False) -> AsyncIterator[Graph]:
+    """Make and start every part; stop them in reverse order. Raises JournalUnavailable, SettingsError.
+
+    `metrics`: whether HEADWATER_WORKER_METRICS_PORT is for this process.
+    """
     telemetry, clock = Telemetry(), SystemClock()
     arm(telemetry, settings.failpoint)
     async with AsyncExitStack() as stack:
+        if metrics and settings.worker_metrics_port:
+            await _serve_metrics(stack, telemetry, settings)
         log = streams.connect(settings.need_redis(), ttl=settings.stream_ttl, lease_seconds=settings.lease_seconds)
         stack.push_async_callback(log.close)
         journal = Journal(settings.journal_file, clock=clock, telemetry=telemetry)
@@ -89,4 +97,18 @@ async def open_graph(settings: Settings, celery: Celery) -> AsyncIterator[Graph]
             grace=settings.queue_grace,
         )
         async with running(syncer, dispatcher, runner.leases, sweeper, Presence(log)):
-            yield Graph(runner, sweeper, syncer, journal, clock)
+            yield Graph(runner, syncer, journal, clock)
+
+
+async def _serve_metrics(stack: AsyncExitStack, telemetry: Telemetry, settings: Settings) -> None:
+    host, port = settings.host, settings.worker_metrics_port
+    try:
+        end = await asyncio.to_thread(telemetry.serve, host, port)
+    except OSError as error:
+        # Runs matter more than their figures.
+        logger.critical(
+            "No metrics: HEADWATER_WORKER_METRICS_PORT=%d cannot be bound: %s. Give each worker its own", port, error
+        )
+        return
+    stack.push_async_callback(asyncio.to_thread, end)
+    logger.info("metrics at %s port %d", host, port)

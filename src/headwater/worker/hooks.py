@@ -59,6 +59,8 @@ class Hooks:
         try:
             self._settings.need_redis()
             self._settings.need_database()
+            if self._settings.worker_metrics_port:
+                self._settings.check_exposed()
         except SettingsError as error:
             sys.stderr.write(f"{error}\n")
             raise SystemExit(EXIT_CONFIG) from None
@@ -74,8 +76,14 @@ class Hooks:
 
     def worker_ready(self, sender: Any, **_: Any) -> None:
         """The threads pool has no children: the loop starts here, so that it sweeps before its first task."""
-        if type(sender.pool).__module__ == "celery.concurrency.thread":
+        pool = type(sender.pool).__module__
+        if pool == "celery.concurrency.thread":
             self._runtimes.here()
+        elif pool == "celery.concurrency.prefork" and self._settings.worker_metrics_port:
+            logger.warning(
+                "HEADWATER_WORKER_METRICS_PORT is left out: every process of the prefork pool counts for itself. "
+                "Use the threads pool for metrics"
+            )
 
     def worker_shutting_down(self, **_: Any) -> None:
         """Inside a signal handler: say it and return."""

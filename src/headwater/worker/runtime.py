@@ -48,9 +48,10 @@ class RuntimeGone(HeadwaterError):
 class Runtime:
     """One event loop in a daemon thread, and the parts that live on it."""
 
-    def __init__(self, settings: Settings, celery: Celery) -> None:
+    def __init__(self, settings: Settings, celery: Celery, *, metrics: bool = False) -> None:
         self._settings = settings
         self._celery = celery
+        self._metrics = metrics
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._loop: asyncio.AbstractEventLoop | None = None
         self._begun = threading.Event()
@@ -76,10 +77,6 @@ class Runtime:
         holder = f"{self._name}:{new_id()}"
         ended = self._wait(lambda graph: graph.runner.execute(run, holder))
         return ended.state.value if ended is not None else None
-
-    def sweep(self) -> int:
-        """Sweep once. Raises RuntimeGone."""
-        return self._wait(lambda graph: graph.sweeper.sweep())
 
     def sync(self) -> int:
         """Sync once; 0 while PostgreSQL is away. Raises RuntimeGone."""
@@ -155,7 +152,7 @@ class Runtime:
                     await asyncio.wait_for(self._stopping.wait(), RETRY_START)
 
     async def _live(self) -> None:
-        async with open_graph(self._settings, self._celery) as graph:
+        async with open_graph(self._settings, self._celery, metrics=self._metrics) as graph:
             self._ready.set_result(graph)
             await self._stopping.wait()
             await graph.runner.drain()
@@ -181,6 +178,7 @@ class Runtimes:
         self._settings = settings
         self._celery = celery
         self._lock = threading.Lock()
+        self._maker = os.getpid()
         self._pid = 0
         self._runtime: Runtime | None = None
 
@@ -188,7 +186,10 @@ class Runtimes:
         """This process's runtime, started."""
         with self._lock:
             if self._runtime is None or self._pid != os.getpid() or not self._runtime.alive:
-                self._runtime, self._pid = Runtime(self._settings, self._celery), os.getpid()
+                self._pid = os.getpid()
+                # Children of a pool would fight over the one port, and the winner's figures would pass for all.
+                alone = self._pid == self._maker
+                self._runtime = Runtime(self._settings, self._celery, metrics=alone)
                 self._runtime.start()
             return self._runtime
 

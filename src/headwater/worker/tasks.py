@@ -7,7 +7,7 @@ from typing import Any
 from celery import Celery
 from celery.exceptions import Reject
 
-from headwater.queue import RUN_TASK, SWEEP_TASK, SYNC_TASK
+from headwater.queue import RUN_TASK, SYNC_TASK
 from headwater.runs import Run
 from headwater.worker.runtime import RuntimeGone, Runtimes
 
@@ -23,14 +23,10 @@ def register(app: Celery, runtimes: Runtimes) -> None:
             # Another process of the pool, or another worker, can still do it.
             raise Reject(str(error), requeue=True) from error
 
-    def sweep() -> int:
-        """Look once for runs that nobody holds and for rows that are behind."""
-        return runtimes.here().sweep()
-
     def sync() -> int:
         """Bring the journal to PostgreSQL and forget what has long been there."""
         return runtimes.here().sync()
 
-    app.task(run, name=RUN_TASK)
-    app.task(sweep, name=SWEEP_TASK)
-    app.task(sync, name=SYNC_TASK)
+    # Not shared: Celery would give them, bound to these runtimes, to every other app of the process too.
+    app.task(run, name=RUN_TASK, shared=False, Request="headwater.worker.request:DiscreetRequest")
+    app.task(sync, name=SYNC_TASK, shared=False)

@@ -149,8 +149,7 @@ export class Fleet {
     const before = this.#runs.get(id);
     if (before === undefined || before.end !== null) return;
     // Without a number it is no event of the log: the server says something about the run itself.
-    if (event.seq === undefined && event.type === "error")
-      return this.#park(id, "refused", { detail: event.message, ...event }, 404);
+    if (event.seq === undefined && event.type === "error") return this.#refused(id, event, name, ids);
     const cursor = event.seq === undefined ? null : parseCursor(frame.id);
     let after = apply(before, event, cursor);
     if (after === before) return;
@@ -161,6 +160,16 @@ export class Fleet {
     if (after.end === null) return;
     if (!ids.some((other) => this.#open(other))) this.#drop(name); // the server is about to end it
     this.#later(); // there may be room for a run that waits its turn
+  }
+
+  /** The server leaves one run out of a connection that goes on for the others. */
+  #refused(id, event, name, ids) {
+    if (this.#parked.has(id)) return;
+    // It is not on this connection, so `retry` has to open another.
+    const rest = this.#following[name].split(",").filter((other) => other !== id);
+    this.#following[name] = rest.join(",");
+    this.#park(id, "refused", { detail: event.message, ...event }, event.retryable ? 503 : 404);
+    if (!ids.some((other) => this.#open(other) && !this.#parked.has(other))) this.#drop(name);
   }
 
   #drop(name) {

@@ -127,6 +127,10 @@ export function Sidebar({ app, open, onClose }) {
       <${ChatList} app=${app} onDelete=${setDeleting} onOpen=${onClose} />
       ${app.chats.next !== null && html`<button type="button" class="button more" onClick=${() => app.chats.more()}>Show earlier chats</button>`}
     </div>
+    ${
+      app.health.report?.access === "token" &&
+      html`<form class="sign-out" method="post" action="/sign-out"><button type="submit" class="button">Sign out</button></form>`
+    }
     ${deleting && html`<${Confirm} chat=${deleting} onAnswer=${answered} />`}
   </nav>`;
 }

@@ -14,6 +14,7 @@ export function Banners({ app }) {
   return html`<div class="banners" role="status">
     ${!reachable && html`<p class="banner warn">The server cannot be reached. Your chats go on as soon as it is back.</p>`}
     ${reachable && behind && html`<p class="banner warn">History is catching up: new messages are safe on disk and will be in the database soon.</p>`}
+    ${app.degraded && html`<p class="banner warn">PostgreSQL is away; this may not be complete.</p>`}
     ${reachable && dead.length > 0 && html`<p class="banner warn">${dead.map(([, name]) => name).join(" and ")} away: answers wait and go on by themselves.</p>`}
     ${
       app.trouble &&

@@ -3,7 +3,7 @@ import { Fleet } from "../client/index.js";
 import { persistently, request, signIn } from "./api.js";
 import { Directory } from "./directory.js";
 import { Health, SystemLog } from "./health.js";
-import { outbox, saveDraft, saveOutbox } from "./storage.js";
+import { keepOutbox, outbox, saveDraft } from "./storage.js";
 import { live, Thread } from "./thread.js";
 import { choose } from "./tree.js";
 
@@ -33,7 +33,7 @@ export class App {
   constructor() {
     const changed = () => this.#changed();
     this.log = new SystemLog(changed);
-    this.health = new Health({ log: this.log, changed });
+    this.health = new Health({ log: this.log, changed, onStore: () => this.#complete() });
     this.chats = new Directory({ changed, onItems: (items) => items.forEach((chat) => this.#noticed(chat)) });
     this.fleet = new Fleet({
       onEvent: (...event) => this.#heard(...event),
@@ -108,7 +108,6 @@ export class App {
       if (this.current === null) this.open(chatId);
     }
     const item = { key, chatId, content, parentId };
-    saveOutbox([...outbox(), item]);
     await this.#deliver(item);
   }
 
@@ -119,6 +118,7 @@ export class App {
 
   withdraw(chatId, message) {
     this.thread(chatId).withdraw(message.key);
+    keepOutbox(message.key, null);
     this.#changed();
   }
 
@@ -148,8 +148,14 @@ export class App {
     if (!(await this.#tell(() => this.chats.remove(chatId)))) return;
     for (const [run, chat] of this.#runs) if (chat === chatId) this.#forget(run);
     this.#threads.delete(chatId);
+    for (const item of outbox()) if (item.chatId === chatId) keepOutbox(item.key, null);
     saveDraft(chatId, "");
     if (this.current === chatId) this.open(null);
+  }
+
+  /** Whether what is on screen may lack something, because PostgreSQL was away when it was read. */
+  get degraded() {
+    return this.chats.degraded || (this.shown?.degraded ?? false);
   }
 
   async rename(chatId, title) {
@@ -163,6 +169,7 @@ export class App {
       const chat = await persistently("GET", `/api/chats/${chatId}`);
       if (thread.edits !== edits[0]) return this.load(chatId);
       thread.merge(chat.messages);
+      thread.degraded = chat.degraded;
       if (this.chats.edits === edits[1]) this.chats.put(chat);
       this.#noticed(chat);
       const answer = thread.processing;
@@ -227,19 +234,22 @@ export class App {
 
   async #deliver(item) {
     const thread = this.thread(item.chatId);
+    keepOutbox(item.key, item);
     thread.sendingNow(item);
     this.#changed();
     const body = { content: item.content, parent_id: item.parentId };
     try {
       const answer = await persistently("POST", `/api/chats/${item.chatId}/messages`, { body, key: item.key });
+      keepOutbox(item.key, null);
       thread.accepted(item, answer);
       this.#started(answer.task_id, item.chatId);
     } catch (error) {
+      // What may pass, and a sign-in that ran out, must not cost the message: the next load of the page sends it.
+      if (!error.passing && error.status !== 401) keepOutbox(item.key, null);
       if (error.code === "chat_busy" && error.problem.task_id) this.#follow(error.problem.task_id, item.chatId);
       thread.unsent(item.key, error);
       this.log.add("bad", `Not sent: ${error.message}`);
     } finally {
-      saveOutbox(outbox().filter(({ key }) => key !== item.key));
       this.#focus();
       this.#changed();
     }
@@ -263,6 +273,12 @@ export class App {
     this.fleet.follow(runId);
     this.log.add("info", `Run ${runId.slice(-6)} followed.`);
     if (chatId === this.current) this.announcement = "Answering.";
+  }
+
+  /** Read again what could not be read whole. */
+  #complete() {
+    if (this.chats.degraded) this.chats.refresh();
+    if (this.shown?.degraded) this.load(this.current);
   }
 
   #focus() {

@@ -10,6 +10,8 @@ export class Directory {
   next = null;
   query = "";
   loading = false;
+  /** PostgreSQL was away at the last look: these are the chats that were at hand. */
+  degraded = false;
   /** @type {Error | null} */
   error = null;
   /** Grows with every change made here; what was read before a change is out of date. */
@@ -102,6 +104,7 @@ export class Directory {
       const page = await persistently("GET", `/api/chats?${params}`);
       if (number !== this.#latest) return null;
       this.error = null;
+      this.degraded = page.degraded;
       this.onItems(page.items);
       return page;
     } catch (error) {

@@ -30,9 +30,12 @@ export class Health {
   #timer = null;
   #log;
   #changed;
+  #onStore;
 
-  constructor({ log, changed }) {
+  /** @param {{ log: SystemLog, changed: () => void, onStore: () => void }} hooks `onStore`: PostgreSQL answers */
+  constructor({ log, changed, onStore }) {
     this.#log = log;
+    this.#onStore = onStore;
     this.#changed = changed;
   }
 
@@ -61,6 +64,7 @@ export class Health {
       this.#log.add(level, summary);
       this.#summary = summary;
     }
+    if (this.report?.parts?.postgres?.ok) this.#onStore();
     this.#changed();
   }
 }

@@ -32,4 +32,11 @@ export const saveTheme = (name) => write(local, "theme", name === "auto" ? null 
  * @returns {{ key: string, chatId: string, content: string, parentId: string | null }[]}
  */
 export const outbox = () => read(session, "outbox") ?? [];
-export const saveOutbox = (items) => write(session, "outbox", items.length ? items : null);
+
+/** Keep a message until its fate is known, or with null, no longer. @param {string} key */
+export function keepOutbox(key, item) {
+  const items = outbox();
+  const at = items.findIndex((other) => other.key === key);
+  items.splice(at < 0 ? items.length : at, at < 0 ? 0 : 1, ...(item ? [item] : []));
+  write(session, "outbox", items.length ? items : null);
+}

@@ -11,6 +11,8 @@ export class Thread {
   /** @type {"loading" | "ready" | "missing" | "failed"} */
   status = "loading";
   error = null;
+  /** PostgreSQL was away at the last look: earlier messages may be missing. */
+  degraded = false;
   /** Grows when the server accepts something; messages read before that are out of date. */
   edits = 0;
 

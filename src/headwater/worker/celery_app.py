@@ -7,8 +7,9 @@ from typing import Any
 
 from celery import Celery
 
+from headwater.note import settings_of_running
 from headwater.queue import make_celery
-from headwater.settings import Settings, load_settings
+from headwater.settings import Settings
 from headwater.worker import hooks, tasks
 from headwater.worker.runtime import Runtimes
 
@@ -26,7 +27,8 @@ def create_app(settings: Settings) -> Celery:
 
 @cache
 def _app() -> Celery:
-    return create_app(load_settings())
+    # `celery -A` beside a running `headwater up` needs no settings, as our own commands do not.
+    return create_app(settings_of_running())
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,42 @@
+"""Everything of ours in a Redis, deleted: for `headwater db clear` and `headwater db reset`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import redis.asyncio
+from redis.exceptions import RedisError
+
+from headwater.errors import LogUnavailable
+from headwater.streams import keys
+from headwater.streams.probe import shown
+
+#: Seconds to wait for a server that does not answer.
+_PATIENCE: Final = 5.0
+#: Keys looked at, and deleted, in one step.
+_STEP: Final = 500
+
+
+async def clear(url: str, queues: Sequence[str]) -> int:
+    """Delete the logs of all runs, what is due, and the messages in these queues; nothing else. The number of runs.
+
+    Raises LogUnavailable.
+    """
+    try:
+        async with redis.asyncio.Redis.from_url(
+            url, socket_timeout=_PATIENCE, socket_connect_timeout=_PATIENCE, decode_responses=True
+        ) as client:
+            # First what would begin a run again.
+            await client.unlink(*queues, keys.DUE)
+            runs = set()
+            cursor = 0
+            while True:
+                cursor, found = await client.scan(cursor, match=keys.channel("*") + ":*", count=_STEP)
+                if found:
+                    runs |= {str(key).rpartition(":")[0] for key in found}
+                    await client.unlink(*found)
+                if cursor == 0:
+                    return len(runs)
+    except (RedisError, OSError) as error:
+        raise LogUnavailable(f"Redis at {shown(url)} does not answer: {error}. Check REDIS_URL.") from None

@@ -1,0 +1,65 @@
+"""What a caller may follow, told for many runs at once while a part is away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+from headwater.access import Caller
+from headwater.dev.services import Postgres
+from headwater.errors import NotFound, StoreUnavailable
+from headwater.ids import new_id
+from headwater.reading import Reading
+from headwater.streams.base import Meta
+from headwater.streams.memory import MemoryStreamLog
+from support.house import frozen, make_house
+
+ME = Caller("local")
+STRANGER = Caller("somebody")
+
+
+class StuckLog(MemoryStreamLog):
+    """A log that takes every question and answers none."""
+
+    asked = 0
+
+    async def metas(self, run_ids: Sequence[str]) -> list[Meta | None]:
+        self.asked += 1
+        await asyncio.Event().wait()
+        raise AssertionError("nobody sets it")
+
+
+async def test_a_run_that_only_postgresql_could_know_does_not_hide_the_others(
+    redis_url: str, database_url: str, tmp_path: Path, postgres_server: Postgres
+) -> None:
+    async with make_house(redis_url, database_url, tmp_path, db_wait=0.3) as house:
+        chat = await house.intake.create_chat(ME)
+        run_id = (await house.intake.send(ME, chat.id, "hello")).task_id
+        untold = new_id()
+        assert {
+            key: type(error) for key, error in (await house.reading.may_read_each(ME, [run_id, untold])).items()
+        } == {untold: NotFound}
+        with frozen(postgres_server.pid):
+            refused = await house.reading.may_read_each(ME, [run_id, untold])
+            assert {key: type(error) for key, error in refused.items()} == {untold: StoreUnavailable}
+            refused = await house.reading.may_read_each(STRANGER, [run_id])
+            assert {key: type(error) for key, error in refused.items()} == {run_id: NotFound}
+        assert (await house.work()).state.terminal
+
+
+async def test_a_log_that_does_not_answer_is_asked_once_for_all_runs(
+    redis_url: str, database_url: str, tmp_path: Path
+) -> None:
+    async with make_house(redis_url, database_url, tmp_path) as house:
+        runs = []
+        for _ in range(8):
+            chat = await house.intake.create_chat(ME)
+            runs.append((await house.intake.send(ME, chat.id, "hello")).task_id)
+        log = StuckLog()
+        reading = Reading(house.store, house.journal, log)
+        assert await reading.may_read_each(ME, runs) == {}
+        assert list(await reading.may_read_each(STRANGER, runs)) == runs
+        assert log.asked == 2
+        for _ in runs:
+            await house.work()

@@ -1,0 +1,141 @@
+import assert from "node:assert/strict";
+import { beforeEach, test } from "node:test";
+import { App } from "../../src/headwater/web/models/app.js";
+import { keepOutbox, outbox } from "../../src/headwater/web/models/storage.js";
+import { eventually } from "./support.js";
+
+const CHAT = "0198c0de-7abc-7def-8123-456789abcdef";
+const TAKEN = { task_id: "run", message_id: "a", user_message_id: "q", chat_id: CHAT };
+
+class Storage {
+  #items = new Map();
+  getItem = (key) => this.#items.get(key) ?? null;
+  setItem = (key, value) => this.#items.set(key, value);
+  removeItem = (key) => this.#items.delete(key);
+}
+
+/** What `POST …/messages` gets, by turns; the last answer stays. @type {((key: string) => Response)[]} */
+let answers = [];
+let keys = [];
+let places = [];
+let health = { status: "ok", parts: {} };
+let degraded = false;
+let lists = 0;
+
+const json = (status, body) => new Response(JSON.stringify(body), { status });
+const away = () => {
+  throw new TypeError("fetch failed");
+};
+
+function answer(path, { method, headers }) {
+  if (path.startsWith("/api/stream")) return new Promise(() => {});
+  if (path === "/api/health") return json(200, health);
+  if (path.startsWith("/api/chats?")) {
+    lists += 1;
+    return json(200, { items: [], next: null, degraded });
+  }
+  if (method !== "POST") return json(404, { detail: "There is nothing of that id." });
+  keys.push(headers["Idempotency-Key"]);
+  return (answers.length > 1 ? answers.shift() : answers[0])();
+}
+
+beforeEach(() => {
+  [answers, keys, places, lists, degraded] = [[], [], [], 0, false];
+  const wait = globalThis.setTimeout;
+  Object.assign(globalThis, {
+    sessionStorage: new Storage(),
+    localStorage: new Storage(),
+    document: { hidden: false, addEventListener() {} },
+    location: { hash: `#/chat/${CHAT}`, assign: (place) => places.push(place) },
+    addEventListener() {},
+    requestAnimationFrame: (draw) => wait(draw, 0),
+    fetch: async (path, options = {}) => answer(path, { method: "GET", ...options }),
+  });
+});
+
+/** A page that has loaded; the pauses between tries are over at once. */
+function page(t) {
+  const wait = globalThis.setTimeout;
+  const timers = [];
+  t.mock.method(globalThis, "setTimeout", (then, ms) => {
+    timers.push(wait(then, ms >= 250 && ms < 9000 ? 0 : ms));
+    return timers.at(-1);
+  });
+  t.after(() => timers.forEach(clearTimeout));
+  const app = new App();
+  app.current = CHAT;
+  app.thread(CHAT).merge([]);
+  return app;
+}
+
+const shown = (app) => app.shown.path.map(({ message }) => `${message.status} ${message.content}`);
+
+test("a message that no server took stays, and the next load of the page sends it under the same key", async (t) => {
+  answers = [away];
+  await page(t).send("Why?", null);
+  assert.deepEqual(
+    outbox().map(({ content }) => content),
+    ["Why?"],
+  );
+  const [key] = keys;
+  answers = [() => json(202, TAKEN)];
+  const again = page(t);
+  again.start();
+  await eventually(() => outbox().length === 0);
+  assert.equal(keys.at(-1), key);
+  assert.deepEqual(shown(again), ["done Why?", "processing "]);
+});
+
+test("a message stays over a sign-in that ran out", async (t) => {
+  answers = [() => json(401, { detail: "Sign in first.", code: "sign_in_required" })];
+  await page(t).send("Why?", null);
+  assert.equal(outbox().length, 1);
+  assert.deepEqual(places, ["/sign-in"]);
+});
+
+test("a message that was taken, refused for good or withdrawn is not sent again", async (t) => {
+  const app = page(t);
+  answers = [() => json(202, TAKEN)];
+  await app.send("taken", null);
+  assert.deepEqual(outbox(), []);
+  answers = [() => json(422, { detail: "content is too long", code: "invalid_input" })];
+  await app.send("refused", null);
+  assert.deepEqual(outbox(), []);
+  answers = [away];
+  await app.send("withdrawn", null);
+  assert.equal(outbox().length, 1);
+  app.withdraw(CHAT, [...app.shown.messages.values()].find(({ content }) => content === "withdrawn"));
+  assert.deepEqual(outbox(), []);
+});
+
+test("the outbox keeps each message once and in order", () => {
+  keepOutbox("1", { key: "1", content: "one" });
+  keepOutbox("2", { key: "2", content: "two" });
+  keepOutbox("1", { key: "1", content: "uno" });
+  assert.deepEqual(
+    outbox().map(({ content }) => content),
+    ["uno", "two"],
+  );
+  keepOutbox("3", null);
+  keepOutbox("1", null);
+  assert.deepEqual(
+    outbox().map(({ content }) => content),
+    ["two"],
+  );
+});
+
+test("a list that may not be complete says so and is read again when PostgreSQL answers", async (t) => {
+  const app = page(t);
+  degraded = true;
+  await app.chats.refresh();
+  assert.equal(app.degraded, true);
+  health = { status: "degraded", parts: { postgres: { ok: false } } };
+  await app.health.check();
+  assert.equal(lists, 1);
+  degraded = false;
+  health = { status: "ok", parts: { postgres: { ok: true } } };
+  await app.health.check();
+  await eventually(() => !app.degraded);
+  await app.health.check();
+  assert.equal(lists, 2);
+});
