@@ -130,7 +130,7 @@ async def _against_postgres(report: Report, folder: Path) -> None:
 async def _direct(proxy: Proxy, delay: float, seconds: float) -> float:
     """Records per second that reach PostgreSQL when each save waits for it, `delay` seconds of round trip away."""
     url = f"postgresql://postgres@127.0.0.1:{proxy.port}/headwater"
-    store = Store(url, pool_size=4, wait=60.0, telemetry=Telemetry())
+    store = Store(url, pool_size=4, wait=60.0)
     try:
         # The connections are made first: a service has them already.
         await asyncio.gather(*(store.apply([record()]) for _ in range(4)))

@@ -321,7 +321,7 @@ async def test_what_was_deleted_is_gone_from_postgres_the_journal_and_redis(
         assert code == 0, output
         assert [line.partition(":")[0] for line in output.splitlines()] == ["Journal", "PostgreSQL", "Redis"]
         assert "the logs of 1 runs" in output
-        assert (await http.get("/api/chats")).json()["chats"] == []
+        assert (await http.get("/api/chats")).json()["items"] == []
         assert (await http.get(f"/api/stream/{run_id}")).status_code == 404
     assert await kept(data) == 0
     assert count_chats(stack.database_url) == 0

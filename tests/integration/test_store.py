@@ -19,7 +19,6 @@ from headwater.messages import Chat, Message, MessageStatus, Role
 from headwater.records import Record
 from headwater.runs import Run, RunState
 from headwater.store import Store
-from headwater.telemetry import Telemetry
 from support.own_postgres import OwnPostgres
 from support.wait import eventually
 
@@ -40,7 +39,7 @@ def a_run(chat: Chat | None = None, at: int = AT, **more: Any) -> Run:
 
 
 def make_store(url: str, *, pool_size: int = 3, wait: float = 5.0) -> Store:
-    return Store(url, pool_size=pool_size, wait=wait, telemetry=Telemetry())
+    return Store(url, pool_size=pool_size, wait=wait)
 
 
 async def put(store: Store, *things: Chat | Message | Run) -> None:
@@ -750,8 +749,8 @@ async def test_a_server_that_was_never_there_is_away() -> None:
 
 
 async def test_a_ping_says_whether_postgresql_answers(database_url: str) -> None:
-    here = Store(database_url, pool_size=1, wait=5, telemetry=Telemetry())
-    away = Store("postgresql://postgres@/x?host=/nowhere", pool_size=1, wait=1, telemetry=Telemetry())
+    here = Store(database_url, pool_size=1, wait=5)
+    away = Store("postgresql://postgres@/x?host=/nowhere", pool_size=1, wait=1)
     try:
         await here.ping()
         with pytest.raises(StoreUnavailable):

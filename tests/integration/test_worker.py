@@ -29,7 +29,6 @@ from headwater.runs import Run, RunState
 from headwater.settings import Settings
 from headwater.store import Store
 from headwater.streams.base import StreamLog
-from headwater.telemetry import Telemetry
 from headwater.transcript import Transcript
 from support.openai_scenarios import answer, chunk
 from support.openai_server import OpenAIServer
@@ -123,7 +122,7 @@ class Client:
 async def client_of(stack: Stack) -> AsyncIterator[Client]:
     settings = Settings(redis_url=stack.redis_url)
     log = streams.connect(stack.redis_url)
-    store = Store(stack.database_url, pool_size=2, wait=5, telemetry=Telemetry())
+    store = Store(stack.database_url, pool_size=2, wait=5)
     celery = make_celery(settings)
     try:
         yield Client(log, store, celery)

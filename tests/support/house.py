@@ -106,7 +106,7 @@ async def make_house(
     """A running house. `intake_log`: another log for intake and reading than the worker's."""
     settings = Settings(_env_file=None, redis_url=redis_url, data_dir=folder, **changes)
     telemetry, clock = Telemetry(), SystemClock()
-    store = Store(database_url, pool_size=settings.db_pool_size, wait=settings.db_wait, telemetry=telemetry)
+    store = Store(database_url, pool_size=settings.db_pool_size, wait=settings.db_wait)
     journal = Journal(settings.journal_file, clock=clock, telemetry=telemetry)
     await journal.open()
     log = streams.connect(redis_url)

@@ -171,7 +171,7 @@ async def _servers(settings: Settings, telemetry: Telemetry, clock: Clock, stack
     log = streams.connect(settings.need_redis(), ttl=settings.stream_ttl, lease_seconds=settings.lease_seconds)
     stack.push_async_callback(log.close)
     url = settings.need_database()
-    store = Store(url, pool_size=settings.db_pool_size, wait=settings.db_wait, telemetry=telemetry)
+    store = Store(url, pool_size=settings.db_pool_size, wait=settings.db_wait)
     stack.push_async_callback(store.close)
     provider = providers.connect(settings, telemetry)
     stack.push_async_callback(provider.close)

@@ -136,7 +136,7 @@ def sync(data_dir: DataDir = None) -> None:
         from headwater.telemetry import Telemetry
 
         telemetry = Telemetry()
-        store = Store(url, pool_size=1, wait=10.0, telemetry=telemetry)
+        store = Store(url, pool_size=1, wait=10.0)
         try:
             async with _Opened(settings) as opened:
                 syncer = Syncer(opened, store, telemetry=telemetry, clock=SystemClock())

@@ -14,7 +14,6 @@ from headwater.store.apply import apply
 from headwater.store.chats import Chats, Turn, turn
 from headwater.store.database import Database
 from headwater.store.runs import Runs
-from headwater.telemetry import Telemetry
 
 __all__ = ["Chats", "Runs", "Store", "Turn"]
 
@@ -29,7 +28,7 @@ class Store:
     Making a Store connects to nothing; making it in the process that uses it keeps forks safe.
     """
 
-    def __init__(self, url: str, *, pool_size: int, wait: float, telemetry: Telemetry) -> None:
+    def __init__(self, url: str, *, pool_size: int, wait: float) -> None:
         self._database = Database(url, pool_size=pool_size, wait=wait)
         self.chats = Chats(self._database)
         self.runs = Runs(self._database)

@@ -66,9 +66,7 @@ async def open_graph(settings: Settings, celery: Celery, *, metrics: bool = Fals
         journal = Journal(settings.journal_file, clock=clock, telemetry=telemetry)
         stack.push_async_callback(journal.close)
         await journal.open()
-        store = Store(
-            settings.need_database(), pool_size=settings.db_pool_size, wait=settings.db_wait, telemetry=telemetry
-        )
+        store = Store(settings.need_database(), pool_size=settings.db_pool_size, wait=settings.db_wait)
         stack.push_async_callback(store.close)
         provider = providers.connect(settings, telemetry)
         stack.push_async_callback(provider.close)
