@@ -55,12 +55,19 @@ class Enqueue(Protocol):
     def __call__(self, run: Run) -> None: ...
 
 
+def _broker_url(url: str) -> str:
+    """Kombu's spelling of the same server: a unix socket has a scheme and a parameter of its own there."""
+    if not url.startswith("unix://"):
+        return url
+    return "redis+socket://" + url.removeprefix("unix://").replace("?db=", "?virtual_host=")
+
+
 def make_celery(settings: Settings) -> Celery:
     """The Celery app without its tasks: enough to send and to ask. Raises SettingsError without REDIS_URL."""
     url = settings.need_redis()
     app = Celery("headwater", set_as_current=False)
     app.conf.update(
-        broker_url=url,
+        broker_url=_broker_url(url),
         # Tells `AsyncResult(run_id).state` from the run's own metadata; stores nothing.
         result_backend=f"headwater.worker.results:RunBackend+{url}",
         task_serializer="json",

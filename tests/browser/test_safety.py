@@ -103,6 +103,7 @@ async def test_a_page_that_needs_a_token_asks_for_it(visit: Visit, make_stack: S
     await visitor.page.wait_for_url("**/sign-in")
     await visitor.page.get_by_label("Access token").fill(token)
     await visitor.page.get_by_role("button", name="Sign in").click()
+    await expect(visitor.page.get_by_role("searchbox")).to_be_visible()
     # A session that ends leads back, instead of to errors.
     await visitor.context.clear_cookies()
     await visitor.page.get_by_role("searchbox").fill("anything")

@@ -37,8 +37,7 @@ async def test_readers_that_never_read_cost_a_server_no_memory(make_stack: Stack
         try:
             lease = await log.claim(await _run(stack.redis_url, run_id), "test")
             await log.append(lease, [content("x").stamped(1, 1)])
-            for _ in range(READERS):
-                deaf.append(_deaf(stack.server.port, f"/api/stream/{run_id}"))
+            deaf += [_deaf(stack.server.port, f"/api/stream/{run_id}") for _ in range(READERS)]
             # Each has the first event: all are past their first read of the log.
             await eventually(lambda: all(_waiting(one) > 300 for one in deaf), 60, every=0.2)
             healthy = asyncio.create_task(Reader(stack.base_url, run_id).read(120))
@@ -63,7 +62,7 @@ async def test_readers_that_never_read_cost_a_server_no_memory(make_stack: Stack
 
 async def _run(redis_url: str, run_id: str) -> Run:
     async with redis.asyncio.Redis.from_url(redis_url) as raw:
-        return Run.from_json(orjson.loads(await raw.get(keys.run(run_id))))
+        return Run.from_json(orjson.loads(await raw.get(keys.run(run_id)) or b""))
 
 
 def _deaf(port: int, path: str) -> socket.socket:

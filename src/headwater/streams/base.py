@@ -32,8 +32,9 @@ ENDS: Final[Mapping[EventType, RunState]] = {
 }
 #: Seconds the log of a run that has not ended stays at least, however short the TTL of an ended one is.
 LIVE_TTL: Final = 86_400
-#: Bytes of events after which a page ends, so that what a reader holds is bounded however large events are.
-PAGE_BYTES: Final = 262_144
+#: Bytes of events after which a page ends, so that what a reader holds is bounded however large events are. A thousand
+#: readers that take nothing each hold about one.
+PAGE_BYTES: Final = 65_536
 
 
 def new_epoch() -> str:

@@ -8,14 +8,21 @@
 
 local known = redis.call('HMGET', KEYS[1], 'epoch', 'status', 'chunk_count')
 local after = tonumber(ARGV[1])
-local events = redis.call('LRANGE', KEYS[2], after, after + tonumber(ARGV[2]) - 1)
-local bytes = 0
-for i = 1, #events do
-  bytes = bytes + #events[i]
-  if bytes >= tonumber(ARGV[3]) then
-    -- An answer ends at the first nil.
-    events[i + 1] = nil
+local last = after + tonumber(ARGV[2])
+local events, bytes, step = {}, 0, 8
+-- In steps that grow: a thousand large events must not be copied to return the first two.
+while after < last and bytes < tonumber(ARGV[3]) do
+  local some = redis.call('LRANGE', KEYS[2], after, math.min(after + step, last) - 1)
+  for i = 1, #some do
+    events[#events + 1] = some[i]
+    bytes = bytes + #some[i]
+    if bytes >= tonumber(ARGV[3]) then
+      break
+    end
+  end
+  if #some < step then
     break
   end
+  after, step = after + step, step * 4
 end
 return {known[1], known[2], known[3], redis.call('LLEN', KEYS[2]), events}

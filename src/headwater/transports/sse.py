@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 MAX_RUNS: Final = 64
 #: Seconds to learn whether a reader has seen a run's end; beyond that it is followed, which tells as well.
 LOOK: Final = 1.0
+#: Bytes of a frame after which a reader's next one is not made before it took this one.
+LARGE: Final = 4096
 #: Seconds of silence on a stream of several runs after which a heartbeat is worth its bytes.
 QUIET: Final = 5.0
 
@@ -153,6 +155,11 @@ async def _respond(
             async for frame, last in frames:
                 stream.sending_since = loop.time()
                 await send(_body(frame, more=not last))
+                if len(frame) > LARGE and not last:
+                    # A write returns though nothing was taken yet. What is read next for this reader would only lie
+                    # here, so wait until it took this; an empty body does that and sends nothing.
+                    del frame
+                    await send(_body(b""))
                 stream.sending_since = None
                 if last or stream.ending in ("gone", "slow"):
                     break
@@ -179,7 +186,10 @@ async def _farewell(stream: Stream, send: Send) -> None:
 async def _frames(subscription: Subscription, form: Format) -> AsyncGenerator[tuple[bytes, bool]]:
     while (batch := await subscription.next()) is not None:
         last = bool(batch.events) and batch.events[-1].terminal
-        yield form.render(batch) or HEARTBEAT, last
+        frame = [form.render(batch) or HEARTBEAT]
+        # A reader that takes nothing keeps us in the yield: hold nothing meanwhile.
+        del batch
+        yield frame.pop(), last
         if last:
             return
 
