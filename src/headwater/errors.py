@@ -297,6 +297,7 @@ class Interrupted(RunFailed):
 
     code = "worker_lost"
     title = "The worker was lost"
+    retryable = True
 
 
 class DeadlineExceeded(RunFailed):
@@ -304,3 +305,4 @@ class DeadlineExceeded(RunFailed):
 
     code = "deadline"
     title = "The run took too long"
+    retryable = True

@@ -236,6 +236,9 @@ class Fleet:
             async for cursor, event in _frames(response):
                 if cursor:
                     open_[event["run_id"]].take(cursor, event)
+                elif event["retryable"]:
+                    # This run is not followed here; the others are. Ask for all of them again in a moment.
+                    asyncio.get_running_loop().call_later(1.0, self._changed.set)
                 else:
                     world.complain("GET /api/stream?runs=", 200, str(event))
         for one in open_.values():

@@ -39,7 +39,7 @@ async def test_readers_that_never_read_cost_a_server_no_memory(make_stack: Stack
             await log.append(lease, [content("x").stamped(1, 1)])
             deaf += [_deaf(stack.server.port, f"/api/stream/{run_id}") for _ in range(READERS)]
             # Each has the first event: all are past their first read of the log.
-            await eventually(lambda: all(_waiting(one) > 300 for one in deaf), 60, every=0.2)
+            await eventually(lambda: all(_waiting(one) > 300 for one in deaf), 90, every=0.2)
             healthy = asyncio.create_task(Reader(stack.base_url, run_id).read(120))
             before = await asyncio.to_thread(_memory, stack.server.pid)
             most = before

@@ -156,7 +156,9 @@ async def test_a_memory_limit_ends_the_run_and_not_its_worker(odd: Stack) -> Non
 
 
 async def test_children_that_celery_replaces_for_their_memory_lose_nothing(make_stack: StackMaker) -> None:
-    stack = await make_stack(start=False)
+    # A run may be given to a child that is about to end; it is then found by its lease or after the grace.
+    quick = {"HEADWATER_LEASE_SECONDS": "1", "HEADWATER_QUEUE_GRACE": "2"}
+    stack = await make_stack(start=False, settings=quick)
     await stack.server.start()
     # More than a kilobyte each: every child is replaced after its first run.
     options = ["--pool=prefork", "--concurrency=1", "--max-memory-per-child=1", "--loglevel=WARNING"]

@@ -57,11 +57,11 @@ class Poll:
             return Polled((), after, reset=False, done=False)
         # As the hub sees it: where nothing was shown, any log will do.
         reset = after is not None and after.seq > 0 and (after.epoch != page.epoch or after.seq > page.count)
-        if reset and page.count == 0 and not page.closed:
-            # Lost and begun again, but still empty: its writer may be about to restore it.
-            return Polled((), after, reset=False, done=False)
         if reset:
-            page = await self._read(run_id, 0, limit) or page
+            page = await self._read(run_id, 0, limit)
+            if page is None or (page.count == 0 and not page.closed):
+                # Lost, perhaps begun again, but still empty: its writer may be about to restore it.
+                return Polled((), after, reset=False, done=False)
         last = page.events[-1].seq if page.events else (after.seq if after and not reset else 0)
         return Polled(page.events, Cursor(page.epoch, last), reset=reset, done=page.closed and last >= page.count)
 
