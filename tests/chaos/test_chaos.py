@@ -1,4 +1,8 @@
-"""Short runs of the harness with fixed seeds; `scripts/chaos` makes long ones."""
+"""Short runs of the harness with fixed seeds; `scripts/chaos` makes long ones.
+
+They run with `pytest -m chaos` and not with the rest: they break things at random moments and need the
+machine to themselves.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import pytest
 from chaos.run import Plan, main, play
 
 
+@pytest.mark.chaos
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("seed", [1, 2])
 async def test_promises_hold_while_things_break(seed: int, tmp_path: Path) -> None:

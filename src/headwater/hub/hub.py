@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import Final, Protocol
 
-from headwater.errors import Unavailable
+from headwater.errors import LogUnavailable, Unavailable
 from headwater.events import Cursor, Event
 from headwater.hub.batch import Batch
 from headwater.hub.subscription import Subscription
@@ -19,6 +19,10 @@ logger = logging.getLogger(__name__)
 
 #: Events in one read of a log.
 PAGE: Final = 512
+#: Reads of the log at once, and seconds to wait for one's turn. A thousand readers that fall behind together would take
+#: every connection to Redis, run into each other's time-outs, and keep messages from being accepted.
+READS: Final = 16
+TURN: Final = 3.0
 #: Metas asked for in one round trip, so that the loop is free again in between.
 METAS: Final = 256
 #: Seconds after which a channel that the feed has not confirmed is looked after; the feed may be away for long.
@@ -71,6 +75,7 @@ class Hub(Service):
         self._feed: Feed | None = None
         self._channels: dict[str, _Channel] = {}
         self._readers = 0
+        self._turns = asyncio.Semaphore(READS)
 
     def subscribe(self, run_id: str, after: Cursor | None) -> Subscription:
         """Follow a run from after the cursor, or from its first event. Registers at once; close it in the end."""
@@ -107,7 +112,15 @@ class Hub(Service):
 
     async def page(self, run_id: str, after: int) -> Page | None:
         """The next events of the log, or all of the history when there is no log. Raises Unavailable."""
-        page = await self.log.read(run_id, after, PAGE)
+        try:
+            async with asyncio.timeout(TURN):
+                await self._turns.acquire()
+        except TimeoutError:
+            raise LogUnavailable("Too many readers read the log at once.") from None
+        try:
+            page = await self.log.read(run_id, after, PAGE)
+        finally:
+            self._turns.release()
         if page is None and self.history is not None:
             page = await self.history.page(run_id)
         return page

@@ -34,7 +34,7 @@ ENDS: Final[Mapping[EventType, RunState]] = {
 LIVE_TTL: Final = 86_400
 #: Bytes of events after which a page ends, so that what a reader holds is bounded however large events are. A thousand
 #: readers that take nothing each hold about one.
-PAGE_BYTES: Final = 65_536
+PAGE_BYTES: Final = 32_768
 
 
 def new_epoch() -> str:

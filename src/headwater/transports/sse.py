@@ -40,6 +40,8 @@ MAX_RUNS: Final = 64
 LOOK: Final = 1.0
 #: Bytes of a frame after which a reader's next one is not made before it took this one.
 LARGE: Final = 4096
+#: Bytes a connection may buffer beside the frame under way.
+BUFFER: Final = 16_384
 #: Seconds of silence on a stream of several runs after which a heartbeat is worth its bytes.
 QUIET: Final = 5.0
 
@@ -147,6 +149,9 @@ async def _respond(
     """Headers, then frames until the runs end or the stream must. Never raises for a reader that is gone."""
     loop = asyncio.get_running_loop()
     watcher = asyncio.create_task(_watch(receive, stream))
+    limit = getattr(_transport(send), "set_write_buffer_limits", None)
+    if callable(limit):
+        limit(high=BUFFER)
     try:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         # Something must follow the headers at once: servers and proxies hold them back until the first byte.
@@ -251,13 +256,18 @@ def _retry() -> bytes:
     return b"retry: %d\n\n" % random.randint(500, 1500)
 
 
+def _transport(send: Send) -> object:
+    """What `send` writes to: uvicorn keeps it on the object whose method `send` is. None with another server."""
+    return getattr(getattr(send, "__self__", None), "transport", None)
+
+
 def _cutter(send: Send) -> Callable[[], None]:
     """What cuts the connection under `send`.
 
-    ASGI has no word for it. uvicorn keeps the transport on the object whose method `send` is; with
-    another server the task is cancelled instead, which ends the write as well.
+    ASGI has no word for it. With another server than uvicorn the task is cancelled instead, which ends the write as
+    well.
     """
-    cut = getattr(getattr(getattr(send, "__self__", None), "transport", None), "abort", None)
+    cut = getattr(_transport(send), "abort", None)
     task = asyncio.current_task()
 
     def abort() -> None:
