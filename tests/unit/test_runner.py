@@ -121,8 +121,11 @@ class Bench:
         return run
 
     async def events(self, run: Run) -> list[Event]:
-        page = await self.log.read(run.id, 0, 100_000)
-        return list(page.events) if page is not None else []
+        events: list[Event] = []
+        # A page ends early when it is large.
+        while (page := await self.log.read(run.id, len(events), 100_000)) is not None and page.events:
+            events += page.events
+        return events
 
     def rows(self) -> dict[str, Run | Message]:
         """What was saved last, by kind."""
