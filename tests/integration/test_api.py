@@ -607,6 +607,6 @@ async def test_a_damaged_journal_stops_the_start_with_what_to_do(
 
 
 async def test_a_setting_that_is_missing_stops_the_start_by_name(tmp_path: Path) -> None:
-    answer = await start_of(create_app(settings_for(tmp_path, "", "postgresql://nobody@127.0.0.1/none")))
+    answer = await start_of(create_app(settings_for(tmp_path, None, "postgresql://nobody@127.0.0.1/none")))
     assert answer["type"] == "lifespan.startup.failed"
     assert "REDIS_URL" in answer["message"]

@@ -61,7 +61,7 @@ class Api:
         await self.log.append(lease, stamped)
 
 
-def settings_for(folder: Path, redis_url: str, database_url: str, **changes: Any) -> Settings:
+def settings_for(folder: Path, redis_url: str | None, database_url: str, **changes: Any) -> Settings:
     """Settings that take nothing from the machine's environment that matters here."""
     fixed: dict[str, Any] = {
         "OPENAI_API_KEY": None,
