@@ -1,9 +1,4 @@
-"""The API's composition root: every part of a server process, made and started in order.
-
-Nothing here needs Redis or PostgreSQL to be there: a server that starts while they are away says
-so and serves what it can. Only a journal that cannot be used stops the start, because accepting
-a message means writing it there.
-"""
+"""The API's composition root: every part of a server process, made and started in order."""
 
 from __future__ import annotations
 
@@ -14,30 +9,22 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from typing import Any, Final, TypedDict
+from typing import Any, Final
 
-from headwater import providers, streams
 from headwater.api.health import Checkup
 from headwater.api.probes import Probes
-from headwater.clock import Clock, SystemClock
+from headwater.clock import Clock
+from headwater.core import open_core
 from headwater.hub import Hub
 from headwater.intake import Intake
-from headwater.journal import Journal
-from headwater.overlay import Overlay
-from headwater.pipelines.chat import ChatPipeline
-from headwater.providers.base import Provider
-from headwater.queue import Dispatcher, make_celery
+from headwater.queue import make_celery
 from headwater.reading import Reading
 from headwater.replay import Replay
-from headwater.runner import Runner
 from headwater.service import Service, running
 from headwater.settings import Settings
-from headwater.store import Store
 from headwater.streams.base import Page, StreamLog
-from headwater.sweeper import BATCH, Sweeper
-from headwater.syncer import Syncer
-from headwater.telemetry import Telemetry, arm
-from headwater.transports.base import Read, Streams
+from headwater.telemetry import Telemetry
+from headwater.transports.base import Streams
 from headwater.transports.poll import Poll
 from headwater.transports.sse import StreamEndpoint
 
@@ -66,119 +53,62 @@ class Graph:
     about: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Servers:
-    """The ways out of this process: Redis, PostgreSQL, the local disk, the model's API."""
-
-    log: StreamLog
-    store: Store
-    journal: Journal
-    provider: Provider
-
-    @property
-    def about(self) -> Mapping[str, Any]:
-        return {"demo": self.provider.demo, "model": self.provider.model, "version": version("headwater")}
-
-    def reader(self, replay: Replay) -> Read:
-        """Events from the log, or from the store once the log has expired."""
-
-        async def read(run_id: str, after: int, limit: int) -> Page | None:
-            page = await self.log.read(run_id, after, limit)
-            if page is not None:
-                return page
-            told = await replay.page(run_id)
-            if told is None:
-                return None
-            return Page(told.epoch, [one for one in told.events if one.seq > after][:limit], told.count, told.closed)
-
-        return read
-
-
-class _Common(TypedDict):
-    """What almost every part is given."""
-
-    clock: Clock
-    telemetry: Telemetry
-    settings: Settings
-
-
 @asynccontextmanager
 async def assemble(settings: Settings, telemetry: Telemetry) -> AsyncIterator[Graph]:
     """Make the parts and start those that run. Raises SettingsError and JournalUnavailable."""
-    clock = SystemClock()
-    arm(telemetry, settings.failpoint)
     async with AsyncExitStack() as stack:
-        servers = await _servers(settings, telemetry, clock, stack)
-        log, store, journal = servers.log, servers.store, servers.journal
-        common: _Common = {"clock": clock, "telemetry": telemetry, "settings": settings}
-        overlay = Overlay(store, journal)
-        replay = Replay(overlay.run, overlay.message)
-        hub = Hub(log, history=replay, telemetry=telemetry, heartbeat=settings.heartbeat)
-        syncer = Syncer(journal, store, telemetry=telemetry, clock=clock)
-        dispatcher = Dispatcher(make_celery(settings), telemetry=telemetry)
-        kinds = {ChatPipeline.kind: ChatPipeline(servers.provider, settings)}
-        runner = Runner(
-            log,
-            kinds,
-            partial(syncer.keep, wait=settings.db_wait),
-            known=overlay.run,
-            history=replay.page,
-            **common,
-        )
+        core = await open_core(settings, telemetry, make_celery(settings), stack)
+        hub = Hub(core.log, history=core.replay, telemetry=telemetry, heartbeat=settings.heartbeat)
         intake = Intake(
-            store=store,
-            journal=journal,
-            save=syncer.save,
-            log=log,
-            enqueue=dispatcher.enqueue,
-            settle=runner.settle,
-            pipelines=kinds,
-            **common,
-            away=lambda: syncer.away,
-        )
-        # Here as well as in the workers: runs are taken over also when the only worker was restarted.
-        sweeper = Sweeper(
-            log,
-            unfinished=partial(overlay.unfinished, older_than=settings.queue_grace, limit=BATCH),
-            enqueue=dispatcher.enqueue,
-            repair=runner.repair,
-            clock=clock,
+            store=core.store,
+            journal=core.journal,
+            save=core.syncer.save,
+            log=core.log,
+            enqueue=core.dispatcher.enqueue,
+            settle=core.runner.settle,
+            pipelines=core.pipelines,
+            clock=core.clock,
             telemetry=telemetry,
-            grace=settings.queue_grace,
+            settings=settings,
+            away=lambda: core.syncer.away,
         )
-        reading = Reading(store, journal, log)
-        probes = Probes(settings, log, store, journal, syncer)
+        reading = Reading(core.store, core.journal, core.log)
+        probes = Probes(settings, core.log, core.store, core.journal, core.syncer)
         stack.push_async_callback(probes.close)
         checkup = Checkup(probes.all(), vital=VITAL, telemetry=telemetry)
         stack.push_async_callback(checkup.close)
         open_streams = Streams(limit=settings.max_streams, telemetry=telemetry)
         stack.callback(open_streams.close)
-        await stack.enter_async_context(running(syncer, dispatcher, intake.stops, hub, sweeper, _FirstLook(checkup)))
-        read = servers.reader(replay)
+        await stack.enter_async_context(running(*core.services, intake.stops, hub, _FirstLook(checkup)))
+        read = partial(_read, core.log, core.replay)
         yield Graph(
-            **common,
+            settings=settings,
+            telemetry=telemetry,
+            clock=core.clock,
             reading=reading,
             intake=intake,
             streams=open_streams,
             stream=StreamEndpoint(hub, open_streams, may=reading.may_read, may_each=reading.may_read_each, read=read),
             poll=Poll(hub, open_streams, may=reading.may_read, read=read),
             checkup=checkup,
-            about={**servers.about, "access": "open" if settings.access_token is None else "token"},
+            about={
+                "demo": core.provider.demo,
+                "model": core.provider.model,
+                "version": version("headwater"),
+                "access": "open" if settings.access_token is None else "token",
+            },
         )
 
 
-async def _servers(settings: Settings, telemetry: Telemetry, clock: Clock, stack: AsyncExitStack) -> Servers:
-    log = streams.connect(settings.need_redis(), ttl=settings.stream_ttl, lease_seconds=settings.lease_seconds)
-    stack.push_async_callback(log.close)
-    url = settings.need_database()
-    store = Store(url, pool_size=settings.db_pool_size, wait=settings.db_wait)
-    stack.push_async_callback(store.close)
-    provider = providers.connect(settings, telemetry)
-    stack.push_async_callback(provider.close)
-    journal = Journal(settings.journal_file, clock=clock, telemetry=telemetry)
-    stack.push_async_callback(journal.close)
-    await journal.open()
-    return Servers(log, store, journal, provider)
+async def _read(log: StreamLog, replay: Replay, run_id: str, after: int, limit: int) -> Page | None:
+    """Events from the log, or from the store once the log has expired."""
+    page = await log.read(run_id, after, limit)
+    if page is not None:
+        return page
+    told = await replay.page(run_id)
+    if told is None:
+        return None
+    return Page(told.epoch, [one for one in told.events if one.seq > after][:limit], told.count, told.closed)
 
 
 class _FirstLook(Service):

@@ -11,21 +11,14 @@ from typing import Final
 
 from celery import Celery
 
-from headwater import providers, streams
-from headwater.clock import Clock, SystemClock
+from headwater.clock import Clock
+from headwater.core import open_core
 from headwater.journal import Journal
-from headwater.overlay import Overlay
-from headwater.pipelines.base import Pipeline
-from headwater.pipelines.chat import ChatPipeline
-from headwater.queue import Dispatcher
-from headwater.replay import Replay
 from headwater.runner import Runner
 from headwater.service import running
 from headwater.settings import Settings
-from headwater.store import Store
-from headwater.sweeper import BATCH, Sweeper
 from headwater.syncer import Syncer
-from headwater.telemetry import Telemetry, arm
+from headwater.telemetry import Telemetry
 from headwater.worker.presence import Presence
 
 logger = logging.getLogger(__name__)
@@ -56,46 +49,13 @@ async def open_graph(settings: Settings, celery: Celery, *, metrics: bool = Fals
 
     `metrics`: whether HEADWATER_WORKER_METRICS_PORT is for this process.
     """
-    telemetry, clock = Telemetry(), SystemClock()
-    arm(telemetry, settings.failpoint)
+    telemetry = Telemetry()
     async with AsyncExitStack() as stack:
         if metrics and settings.worker_metrics_port:
             await _serve_metrics(stack, telemetry, settings)
-        log = streams.connect(settings.need_redis(), ttl=settings.stream_ttl, lease_seconds=settings.lease_seconds)
-        stack.push_async_callback(log.close)
-        journal = Journal(settings.journal_file, clock=clock, telemetry=telemetry)
-        stack.push_async_callback(journal.close)
-        await journal.open()
-        store = Store(settings.need_database(), pool_size=settings.db_pool_size, wait=settings.db_wait)
-        stack.push_async_callback(store.close)
-        provider = providers.connect(settings, telemetry)
-        stack.push_async_callback(provider.close)
-        pipelines: dict[str, Pipeline] = {ChatPipeline.kind: ChatPipeline(provider, settings)}
-        syncer = Syncer(journal, store, telemetry=telemetry, clock=clock)
-        overlay = Overlay(store, journal)
-        dispatcher = Dispatcher(celery, telemetry=telemetry)
-        runner = Runner(
-            log,
-            pipelines,
-            lambda records: syncer.keep(records, wait=settings.db_wait),
-            clock=clock,
-            telemetry=telemetry,
-            settings=settings,
-            known=overlay.run,
-            requeue=dispatcher.enqueue,
-            history=Replay(overlay.run, overlay.message).page,
-        )
-        sweeper = Sweeper(
-            log,
-            unfinished=lambda: overlay.unfinished(older_than=settings.queue_grace, limit=BATCH),
-            enqueue=dispatcher.enqueue,
-            repair=runner.repair,
-            clock=clock,
-            telemetry=telemetry,
-            grace=settings.queue_grace,
-        )
-        async with running(syncer, dispatcher, runner.leases, sweeper, Presence(log)):
-            yield Graph(runner, syncer, journal, clock)
+        core = await open_core(settings, telemetry, celery, stack)
+        async with running(*core.services, core.runner.leases, Presence(core.log)):
+            yield Graph(core.runner, core.syncer, core.journal, core.clock)
 
 
 async def _serve_metrics(stack: AsyncExitStack, telemetry: Telemetry, settings: Settings) -> None:
