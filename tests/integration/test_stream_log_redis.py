@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from headwater.errors import LogLost, LogUnavailable
 from headwater.events import Event
 from headwater.runs import Lease, Run
 from headwater.streams import connect
-from headwater.streams.redis import RedisStreamLog, SyncMetaReader, read_status_sync
+from headwater.streams.redis import RedisStreamLog, SyncMetaReader
 from support.own_redis import CERTIFICATE, frozen, own_redis, tls_in_front_of
 from support.streams import RedisWorld, end, new_run, numbered, seqs
 from support.wait import eventually
@@ -95,13 +96,12 @@ class TestKeys:
         run = new_run()
         lease = await world.written(run, 2)
         await world.log.append(lease, [end(3)])
-        fields = await asyncio.to_thread(read_status_sync, world.url, run.id)
-        assert (fields["status"], fields["chunk_count"], fields["attempt"]) == ("done", "3", "1")
-        assert await asyncio.to_thread(read_status_sync, world.url, new_run().id) == {}
-        reader = SyncMetaReader("redis://127.0.0.1:1/0")
-        with pytest.raises(LogUnavailable):
-            await asyncio.to_thread(reader.read, run.id)
-        reader.close()
+        with closing(SyncMetaReader(world.url)) as reader:
+            fields = await asyncio.to_thread(reader.read, run.id)
+            assert (fields["status"], fields["chunk_count"], fields["attempt"]) == ("done", "3", "1")
+            assert await asyncio.to_thread(reader.read, new_run().id) == {}
+        with closing(SyncMetaReader("redis://127.0.0.1:1/0")) as nowhere, pytest.raises(LogUnavailable):
+            await asyncio.to_thread(nowhere.read, run.id)
 
 
 class TestLosses:

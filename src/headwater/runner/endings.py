@@ -8,6 +8,7 @@ from typing import Any, Final
 from headwater.errors import HeadwaterError, RunFailed
 from headwater.events import Event, EventType
 from headwater.runs import Run, RunState
+from headwater.streams.base import ENDS
 from headwater.transcript import Transcript
 
 #: The `reason` of the state event a worker leaves when it hands a run over on purpose.
@@ -15,11 +16,6 @@ HANDED_OVER: Final = "handed_over"
 #: What the person who waits reads when the pipeline raised what nobody expected.
 INTERNAL: Final = "Something went wrong on our side. What was said so far is kept; please try again."
 
-_STATES: Final = {
-    EventType.DONE: RunState.DONE,
-    EventType.ERROR: RunState.FAILED,
-    EventType.CANCELLED: RunState.CANCELLED,
-}
 #: Events that show nothing to forget: a further attempt needs no `reset` because of them.
 _SILENT: Final = frozenset({EventType.STATE, EventType.USAGE})
 
@@ -40,7 +36,7 @@ def cancelled() -> Event:
 
 def ended(run: Run, end: Event, transcript: Transcript, usage: Mapping[str, Any] | None) -> Run:
     """The run as `end` leaves it; `end.at` is the moment. Raises ValueError when it had ended already."""
-    state = _STATES[end.type]
+    state = ENDS[end.type]
     error = {"code": end.data["code"], "message": end.data["message"]} if state is RunState.FAILED else None
     fraction = 1.0 if state is RunState.DONE else transcript.progress
     return run.ended(state, end.at, error=error, usage=usage, stage=transcript.stage, progress=fraction)

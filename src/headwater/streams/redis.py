@@ -322,15 +322,6 @@ class SyncMetaReader:
         self._redis.close()
 
 
-def read_status_sync(url: str, run_id: str) -> Mapping[str, str]:
-    """`SyncMetaReader.read` over a connection of its own, for one question."""
-    reader = SyncMetaReader(url)
-    try:
-        return reader.read(run_id)
-    finally:
-        reader.close()
-
-
 def _timeouts(url: str) -> dict[str, Any]:
     timeouts = {"socket_timeout": ANSWER_TIMEOUT, "socket_connect_timeout": CONNECT_TIMEOUT}
     # A unix socket has no keep-alive, and redis-py refuses to be told of one.
