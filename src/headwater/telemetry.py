@@ -55,6 +55,13 @@ METRICS: Final[tuple[Metric, ...]] = (
     Metric("headwater_appends_refused_total", "counter", "both", "Appends the fence refused.", ("code",)),
     Metric("headwater_log_rewritten_total", "counter", "both", "Logs written again after Redis lost them."),
     Metric("headwater_readers", "gauge", "server", "Open subscriptions of the hub."),
+    Metric(
+        "headwater_delivery_seconds",
+        "histogram",
+        "server",
+        "From a worker taking an event to its first reader's socket, in whole milliseconds, flush interval included. "
+        "Pushed events only, never what was read again. Spans two hosts' clocks.",
+    ),
     Metric("headwater_hub_batches_total", "counter", "server", "Published messages that reached the hub."),
     Metric("headwater_hub_rereads_total", "counter", "server", "Reads of a log by a reader.", ("reason",)),
     Metric("headwater_hub_reconnects_total", "counter", "server", "Lost subscription connections."),

@@ -10,6 +10,7 @@ import pytest
 from starlette.exceptions import HTTPException
 
 from headwater.access import Caller
+from headwater.clock import FrozenClock
 from headwater.errors import BadCursor, HeadwaterError, InvalidInput, NotFound, StoreUnavailable, TooMany, Unavailable
 from headwater.events import Event, content, done
 from headwater.hub import Hub
@@ -88,7 +89,9 @@ class World:
     def __init__(self, **limits: Any) -> None:
         self.log = MemoryStreamLog()
         self.telemetry = Telemetry()
-        self.hub = Hub(self.log, history=None, telemetry=self.telemetry, heartbeat=limits.pop("heartbeat", 15.0))
+        self.clock = FrozenClock()
+        heartbeat = limits.pop("heartbeat", 15.0)
+        self.hub = Hub(self.log, history=None, telemetry=self.telemetry, heartbeat=heartbeat, clock=self.clock)
         self.streams = Streams(**{"limit": 100, "telemetry": self.telemetry, **limits})
         self.foreign: set[str] = set()
         #: Runs of which nobody can tell whose they are.
@@ -430,3 +433,21 @@ async def test_a_slow_reader_of_several_runs_bounds_what_is_kept_for_it(world: W
     await world.say(run_id, 402, done())
     await reader.read()
     assert reader.ids == [f"{world.epoch(run_id)}-{seq}" for seq in range(1, 403)]
+
+
+async def test_the_time_from_the_worker_to_a_socket_is_told_once_per_pushed_batch(world: World) -> None:
+    told: list[float] = []
+    world.telemetry.listen(lambda name, value, _: told.append(value) if name == "headwater_delivery_seconds" else None)
+    run_id = await world.run("past")
+    readers = [Reader(world, run_id).start() for _ in range(3)]
+    for reader in readers:
+        await reader.until(b'"past"')
+    assert told == []
+    event = content("now").stamped(2, world.clock.now_ms())
+    world.clock.advance(0.04)
+    await world.log.append(world.leases[run_id], [event])
+    await world.say(run_id, 3, done())
+    for reader in readers:
+        await reader.read()
+    # The last batch of a stream is not timed: nobody waits for its write any more.
+    assert told == [0.04]

@@ -58,7 +58,7 @@ async def assemble(settings: Settings, telemetry: Telemetry) -> AsyncIterator[Gr
     """Make the parts and start those that run. Raises SettingsError and JournalUnavailable."""
     async with AsyncExitStack() as stack:
         core = await open_core(settings, telemetry, make_celery(settings), stack)
-        hub = Hub(core.log, history=core.replay, telemetry=telemetry, heartbeat=settings.heartbeat)
+        hub = Hub(core.log, history=core.replay, telemetry=telemetry, heartbeat=settings.heartbeat, clock=core.clock)
         intake = Intake(
             store=core.store,
             journal=core.journal,

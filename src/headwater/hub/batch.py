@@ -14,12 +14,14 @@ class Batch:
     events nor reset: a heartbeat. A batch is shared by all readers it suits, and so is its encoding.
     """
 
-    __slots__ = ("_encoded", "_size", "epoch", "events", "reset")
+    __slots__ = ("_encoded", "_size", "born", "epoch", "events", "reset")
 
     def __init__(self, epoch: str, events: Sequence[Event] = (), reset: bool = False) -> None:
         self.epoch = epoch
         self.events = events
         self.reset = reset
+        #: When its first event was made, in Unix milliseconds, while a batch that was pushed waits to be timed; else 0.
+        self.born = 0
         self._encoded: dict[str, bytes] = {}
         self._size = -1
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import Final, Protocol
 
+from headwater.clock import Clock, SystemClock
 from headwater.errors import LogUnavailable, Unavailable
 from headwater.events import Cursor, Event
 from headwater.hub.batch import Batch
@@ -63,6 +64,7 @@ class Hub(Service):
         heartbeat: float = 15.0,
         watchdog: float = 5.0,
         max_pending: int = 262_144,
+        clock: Clock | None = None,
     ) -> None:
         super().__init__("hub")
         self.log = log
@@ -71,6 +73,7 @@ class Hub(Service):
         self.max_pending = max_pending
         self._heartbeat = heartbeat
         self._watchdog = watchdog
+        self._clock = clock or SystemClock()
         self._loop: asyncio.AbstractEventLoop
         self._feed: Feed | None = None
         self._channels: dict[str, _Channel] = {}
@@ -109,6 +112,10 @@ class Hub(Service):
             del self._channels[channel.run_id]
             if self._feed is not None:
                 self._feed.unfollow(channel.run_id)
+
+    def delivered(self, born: int) -> None:
+        """A reader was sent a pushed batch. Its stamp is of the worker's clock: what the two disagree by is in it."""
+        self.telemetry.observe("headwater_delivery_seconds", max(0, self._clock.now_ms() - born) / 1000)
 
     async def page(self, run_id: str, after: int) -> Page | None:
         """The next events of the log, or all of the history when there is no log. Raises Unavailable."""
@@ -150,6 +157,7 @@ class Hub(Service):
                 follower.fall_behind("rewritten")
             return
         batch = Batch(epoch, events)
+        batch.born = events[0].at
         for follower in channel.followers:
             follower.offer(batch)
 

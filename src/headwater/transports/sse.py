@@ -96,7 +96,7 @@ class StreamEndpoint:
         subscription = self._hub.subscribe(run_id, after)
         try:
             with self._streams.open("sse", caller.owner_id, subscription.close, _cutter(send)) as stream:
-                await _respond(stream, headers, _frames(subscription, self._format), receive, send)
+                await _respond(stream, headers, _frames(subscription, self._format, self._hub), receive, send)
         finally:
             subscription.close()
 
@@ -188,15 +188,24 @@ async def _farewell(stream: Stream, send: Send) -> None:
     await send(_body(goodbye, more=False))
 
 
-async def _frames(subscription: Subscription, form: Format) -> AsyncGenerator[tuple[bytes, bool]]:
+async def _frames(
+    subscription: Subscription, form: Format, hub: Hub | None = None
+) -> AsyncGenerator[tuple[bytes, bool]]:
+    """Frames, and whether each is the last. With a hub it hears how long pushed batches took, once per batch."""
     while (batch := await subscription.next()) is not None:
         last = bool(batch.events) and batch.events[-1].terminal
         frame = [form.render(batch) or HEARTBEAT]
+        born = 0
+        if hub is not None:
+            # The first reader who comes to it stands for all: a figure per reader would cost more than it says.
+            born, batch.born = batch.born, 0
         # A reader that takes nothing keeps us in the yield: hold nothing meanwhile.
         del batch
         yield frame.pop(), last
         if last:
             return
+        if born and hub is not None:
+            hub.delivered(born)
 
 
 async def _merged(
