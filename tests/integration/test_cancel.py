@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from headwater.errors import NotFound
+from headwater.ids import new_id
 from headwater.intake import CANCELLING
 from headwater.messages import MessageStatus
 from headwater.runs import RunState
 from support.house import ME, STRANGER, House, make_house
+from support.own_postgres import OwnPostgres
 from support.own_redis import OwnRedis, frozen, own_redis
 from support.reader import Reader, ask, row_of
 from support.stack import StackMaker
@@ -55,6 +57,59 @@ async def test_a_worker_is_told_when_redis_answers_again(own: OwnRedis, database
         await kept(house)
         answer = (await house.reading.get_chat(ME, chat.id)).messages[-1]
         assert (answer.content, answer.status) == ("You said: ", MessageStatus.CANCELLED)
+
+
+async def test_a_wish_made_while_nobody_knew_the_owner_is_the_owners_alone(own: OwnRedis, tmp_path: Path) -> None:
+    with OwnPostgres.running() as postgres:
+        async with make_house(own.url(), postgres.url(), tmp_path) as house:
+            mine, theirs, queued = [
+                (await house.intake.send(ME, (await house.intake.create_chat(ME)).id, words)).task_id
+                for words in ("wait", "wait", "hello")
+            ]
+            await eventually(house.synced)
+            working = [house.begin(), house.begin()]
+            await eventually(lambda: len(house.asked) == 2)
+            await eventually(house.synced)
+            nobody = new_id()
+            with frozen(own), postgres.frozen():
+                for caller, run_id in ((STRANGER, mine), (ME, mine), (STRANGER, theirs), (ME, queued), (ME, nobody)):
+                    stopped = await asyncio.wait_for(house.intake.cancel(caller, run_id), 10)
+                    assert stopped.status == CANCELLING
+                assert await house.journal.cancels(10) == []
+                assert len(await house.journal.wishes(10)) == 5
+
+            async def judged() -> bool:
+                return not await house.journal.wishes(10)
+
+            await eventually(judged, 20)
+            ended = await asyncio.wait_for(working[0], 20)
+            assert ended is not None
+            assert ended.state is RunState.CANCELLED
+            await kept(house)
+            assert (await house.reading.run_view(ME, queued)).state is RunState.CANCELLED
+            house.gate.set()
+            other = await asyncio.wait_for(working[1], 20)
+            assert other is not None
+            assert other.state is RunState.DONE
+
+
+async def test_a_wish_is_judged_by_redis_while_postgresql_is_still_away(own: OwnRedis, tmp_path: Path) -> None:
+    with OwnPostgres.running() as postgres:
+        async with make_house(own.url(), postgres.url(), tmp_path) as house:
+            chat = await house.intake.create_chat(ME)
+            accepted = await house.intake.send(ME, chat.id, "wait")
+            working = house.begin()
+            await eventually(lambda: house.asked)
+            await eventually(house.synced)
+            nobody = new_id()
+            with postgres.frozen():
+                with frozen(own):
+                    for run_id in (nobody, accepted.task_id):
+                        assert (await house.intake.cancel(ME, run_id)).status == CANCELLING
+                ended = await asyncio.wait_for(working, 20)
+                assert ended is not None
+                assert ended.state is RunState.CANCELLED
+                assert await house.journal.wishes(10) == [(nobody, ME.owner_id)]
 
 
 async def test_a_worker_whose_redis_comes_back_empty_keeps_what_it_said(

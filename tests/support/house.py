@@ -76,6 +76,10 @@ class House:
         waiting = len(await self.journal.overlay())
         return len(await self.journal.kept_chats(LOCAL_OWNER)), waiting
 
+    async def synced(self) -> bool:
+        """Whether PostgreSQL has everything."""
+        return (await self.journal.backlog()).count == 0
+
     async def leave(self) -> None:
         self.gate.set()
         await asyncio.gather(*self._working, return_exceptions=True)

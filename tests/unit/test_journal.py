@@ -349,17 +349,34 @@ async def test_a_noted_cancel_stays_until_it_is_dropped_also_across_processes(ca
         await again.close()
 
 
+async def test_wishes_are_read_by_run_become_promises_or_go_and_do_not_outlive_their_time(case: Case) -> None:
+    wishes = [(f"run-{number}", owner) for number in range(3) for owner in ("me", "you")]
+    for wish in [*reversed(wishes), wishes[0]]:
+        await case.journal.note_wish(*wish)
+    assert await case.journal.wishes(4) == wishes[:4]
+    assert await case.journal.wishes(4, wishes[3]) == wishes[4:]
+    await case.journal.settle_wishes([wishes[0], wishes[3]], [wishes[1]])
+    assert await case.journal.wishes(10) == [wishes[2], *wishes[4:]]
+    assert sorted(await case.journal.cancels(10)) == ["run-0", "run-1"]
+    case.clock.advance(10)
+    await case.journal.prune(case.clock.now_ms())
+    assert await case.journal.wishes(10) == []
+
+
 async def test_a_file_of_the_first_layout_is_taken_over(case: Case) -> None:
     record = said()
     await case.journal.append([record])
     await case.journal.close()
     case.alter("DROP TABLE cancels")
+    case.alter("DROP TABLE wishes")
     case.alter("PRAGMA user_version = 1")
     later = case.another()
     await later.open()
     try:
         await later.note_cancel("run")
         assert await later.cancels(10) == ["run"]
+        await later.note_wish("run", "me")
+        assert await later.wishes(10) == [("run", "me")]
         assert ids(await later.overlay()) == [record.id]
     finally:
         await later.close()
@@ -584,6 +601,7 @@ async def test_what_can_be_read_of_a_damaged_file_is_salvaged_and_the_file_is_ke
     for number, record in enumerate(records):
         await case.journal.append([record], key(str(number)))
     await case.journal.note_cancel("run")
+    await case.journal.note_wish("run", "me")
     await case.journal.mark_synced([1, 2])
     await case.journal.close()
     # A page in the middle, which holds rows.
@@ -612,6 +630,7 @@ async def test_what_can_be_read_of_a_damaged_file_is_salvaged_and_the_file_is_ke
         assert (done.records, done.waiting, done.missing) == (60 - len(lost), 58 - len(lost), len(lost))
         assert await later.find_key("local", "59") is not None
         assert await later.cancels(10) == ["run"]
+        assert await later.wishes(10) == [("run", "me")]
         assert (await later.add([said()])).positions == [61]
     finally:
         await later.close()

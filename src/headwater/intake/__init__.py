@@ -109,6 +109,7 @@ class Intake:
     async def cancel(self, caller: Caller, run_id: str) -> Stopped:
         """Stop a run; of one that has ended, tell how it did.
 
-        Raises NotFound, JournalUnavailable, and StoreUnavailable when nobody is there who knows the run.
+        When nobody is there who knows whose the run is, the wish is kept until somebody is. Raises
+        NotFound, JournalUnavailable.
         """
         return await self.stops.cancel(caller, run_id)

@@ -8,6 +8,9 @@ Whoever was told `cancelling` was made a promise, so it is in the journal before
 there until the run has ended: Redis may be away, or come back without the flag, and this process may
 die. Every server process on this journal keeps it, which does no harm: a flag is set twice, a claim
 lets one in.
+
+When nobody can tell whose the run is, because Redis and PostgreSQL are both away, what is kept is a
+wish. It does nothing until the owner is known, and nothing at all when that is somebody else.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from headwater.events import Event, EventType
 from headwater.ids import new_id
 from headwater.intake import checks
 from headwater.intake.parts import Parts
+from headwater.journal import Wish
 from headwater.runs import Run, RunState
 from headwater.service import Service
 from headwater.streams.base import Meta
@@ -69,19 +73,16 @@ class Stops(Service):
     async def cancel(self, caller: Caller, run_id: str) -> Stopped:
         """Ask for a cancel; of a run that has ended, tell how.
 
-        Raises NotFound; StoreUnavailable when Redis is away and only PostgreSQL could tell whose it
-        is, but is away too; JournalUnavailable when a promise cannot be kept.
+        `cancelling` also when nobody can tell now whose the run is, or whether there is one: then the
+        wish is kept. Raises NotFound; JournalUnavailable when a promise or a wish cannot be kept.
         """
         checks.checked_id(run_id, "run")
-        flagged = False
         try:
-            async with asyncio.timeout(PATIENCE):
-                meta, run = await self._flag(caller, run_id)
-            flagged = meta is not None
-            status = await self._end(run_id, meta, run)
-        except (LogUnavailable, TimeoutError) as error:
-            logger.warning("the cancel of run %s waits for Redis: %s", run_id, error or "it does not answer")
-            status = await self._by_row(caller, run_id)
+            status, flagged = await self._ask(caller, run_id)
+        except StoreUnavailable as error:
+            logger.warning("the cancel of run %s waits for somebody who knows its owner: %s", run_id, error)
+            await self._parts.journal.note_wish(run_id, caller.owner_id)
+            return Stopped(run_id, CANCELLING)
         if status is None:
             await self._note(run_id, flagged=flagged)
         return Stopped(run_id, CANCELLING if status is None else status.value)
@@ -99,6 +100,20 @@ class Stops(Service):
         return False
 
     # --- a caller asks ---------------------------------------------------------------------------
+
+    async def _ask(self, caller: Caller, run_id: str) -> tuple[RunState | None, bool]:
+        """How the run ended, None when it has not; and whether its log has the flag."""
+        flagged = False
+        try:
+            async with asyncio.timeout(PATIENCE):
+                meta, run = await self._flag(caller, run_id)
+            flagged = meta is not None
+            return await self._end(run_id, meta, run), flagged
+        except LogUnavailable as error:
+            logger.warning("the cancel of run %s waits for Redis: %s", run_id, error)
+        except TimeoutError:
+            logger.warning("the cancel of run %s waits for Redis: no answer within %g s", run_id, PATIENCE)
+        return await self._by_row(caller, run_id), flagged
 
     async def _flag(self, caller: Caller, run_id: str) -> tuple[Meta | None, Run | None]:
         """Set the flag, unless the run is not the caller's. Without a log, the run's row comes along."""
@@ -191,12 +206,37 @@ class Stops(Service):
 
     async def look(self) -> int:
         """Bring every promised cancel on its way once; how many runs have ended. Raises Unavailable."""
+        await self._judge()
         promised = await self._parts.journal.cancels(BATCH)
         self._unknown = {run_id: since for run_id, since in self._unknown.items() if run_id in promised}
         ended = [run_id for run_id in promised if await self._keep(run_id)]
         if ended:
             await self._parts.journal.drop_cancels(ended)
         return len(ended)
+
+    async def _judge(self) -> None:
+        """Make promises of the wishes of owners. The others are dropped, those nobody can tell about yet stay."""
+        away = False
+        after = ("", "")
+        # All of them, not the first so many: those that wait for PostgreSQL must not stand in the way of others.
+        while wishes := await self._parts.journal.wishes(BATCH, after):
+            after = wishes[-1]
+            granted: list[Wish] = []
+            refused: list[Wish] = []
+            metas = await self._parts.log.metas([run_id for run_id, _ in wishes])
+            for wish, meta in zip(wishes, metas, strict=True):
+                owner = meta.owner_id if meta is not None else None
+                if meta is None and not away:
+                    try:
+                        run = await self._parts.overlay.run(wish[0])
+                    except StoreUnavailable:
+                        away = True
+                    else:
+                        owner = run.owner_id if run is not None else ""
+                if owner is not None:
+                    (granted if owner == wish[1] else refused).append(wish)
+            if granted or refused:
+                await self._parts.journal.settle_wishes(granted, refused)
 
     async def _keep(self, run_id: str) -> bool:
         """Whether the run has ended, so that the promise is kept."""

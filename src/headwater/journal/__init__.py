@@ -18,11 +18,11 @@ from headwater.errors import ChatBusy
 from headwater.journal import rows
 from headwater.journal.file import JournalFile
 from headwater.journal.lane import Lane, Work
-from headwater.journal.rows import STEP, Added, Alone, Entry, Key
+from headwater.journal.rows import STEP, Added, Alone, Entry, Key, Wish
 from headwater.records import Record
 from headwater.telemetry import Telemetry
 
-__all__ = ["Added", "Alone", "Backlog", "Entry", "Journal", "Key"]
+__all__ = ["Added", "Alone", "Backlog", "Entry", "Journal", "Key", "Wish"]
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +116,16 @@ class Journal:
         """These runs have ended."""
         await self._writer.submit(lambda connection: rows.drop_cancels(connection, run_ids))
 
+    async def note_wish(self, run_id: str, owner_id: str) -> None:
+        """Keep the wish to cancel a run of which nobody can tell now whether it is `owner_id`'s. Durable at return."""
+        at = self._clock.now_ms()
+        await self._writer.submit(lambda connection: rows.note_wish(connection, (run_id, owner_id), at))
+
+    async def settle_wishes(self, granted: Sequence[Wish], refused: Sequence[Wish]) -> None:
+        """Make promised cancels of these wishes, drop those."""
+        at = self._clock.now_ms()
+        await self._writer.submit(lambda connection: rows.settle_wishes(connection, granted, refused, at))
+
     async def forget(self, chat_id: str) -> int:
         """Delete every record of a chat, synced or not: the chat was deleted, and so is what it said. Their number."""
         return await self._writer.submit(lambda connection: rows.forget(connection, chat_id))
@@ -203,6 +213,10 @@ class Journal:
     async def cancels(self, limit: int) -> list[str]:
         """Runs whose cancel was noted, oldest first."""
         return await self._reader.submit(lambda connection: rows.cancels(connection, limit))
+
+    async def wishes(self, limit: int, after: Wish = ("", "")) -> list[Wish]:
+        """Wishes to cancel that nobody has judged yet, by run, behind `after`."""
+        return await self._reader.submit(lambda connection: rows.wishes(connection, after, limit))
 
     async def kept(self, chat_id: str) -> list[Record]:
         """Every record of a chat in the file, synced or not, oldest first: what to read without PostgreSQL."""

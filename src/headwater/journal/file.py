@@ -29,14 +29,23 @@ from headwater.errors import (
 OLDEST_SQLITE: Final = (3, 51, 3)
 #: Marks the file as ours ("hwjr"), and the layout of its tables.
 APPLICATION_ID: Final = 0x68776A72
-LAYOUT: Final = 2
+LAYOUT: Final = 3
 #: Seconds a writer waits for another process's commit.
 BUSY_WAIT: Final = 5.0
 #: Bytes to which the write-ahead log is cut back after a checkpoint.
 WAL_LIMIT: Final = 16 * 1024 * 1024
 
-#: Since layout 2. Cancels that were promised and are not through yet.
-_CANCELS: Final = "CREATE TABLE IF NOT EXISTS cancels (run_id TEXT PRIMARY KEY, at INTEGER NOT NULL) WITHOUT ROWID;"
+#: Since layout 2 the cancels that were promised and are not through yet; since layout 3 the wishes for one that came
+#: while nobody could tell whose the run is. A stranger's wish must not displace the owner's, hence the key of two.
+_CANCELS: Final = """
+CREATE TABLE IF NOT EXISTS cancels (run_id TEXT PRIMARY KEY, at INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS wishes (
+    run_id TEXT NOT NULL,
+    owner_id TEXT NOT NULL,
+    at INTEGER NOT NULL,
+    PRIMARY KEY (run_id, owner_id)
+) WITHOUT ROWID;
+"""
 
 _SCHEMA: Final = f"""
 CREATE TABLE records (

@@ -18,6 +18,9 @@ BATCH_BYTES: Final = 2 * 1024 * 1024
 #: Rows deleted, and pages given back, in one step of a prune; others may write in between.
 STEP: Final = 1000
 
+#: A run, and who wants it cancelled without having been found to own it.
+Wish = tuple[str, str]
+
 _INSERT: Final = "INSERT INTO records (kind, id, version, owner_id, chat_id, data, at) VALUES (?, ?, ?, ?, ?, ?, ?)"
 _FIND_KEY: Final = "SELECT owner_id, key, fingerprint, run_id, message_id FROM keys WHERE owner_id = ? AND key = ?"
 _INSERT_KEY: Final = "INSERT INTO keys (owner_id, key, fingerprint, run_id, message_id, at) VALUES (?, ?, ?, ?, ?, ?)"
@@ -75,6 +78,12 @@ _NOTE_CANCEL: Final = "INSERT OR IGNORE INTO cancels (run_id, at) VALUES (?, ?)"
 _CANCELS: Final = "SELECT run_id FROM cancels ORDER BY at LIMIT ?"
 _DROP_CANCEL: Final = "DELETE FROM cancels WHERE run_id = ?"
 _DELETE_CANCELS: Final = "DELETE FROM cancels WHERE at < ?"
+_NOTE_WISH: Final = "INSERT OR IGNORE INTO wishes (run_id, owner_id, at) VALUES (?, ?, ?)"
+_WISHES: Final = """
+    SELECT run_id, owner_id FROM wishes WHERE (run_id, owner_id) > (?, ?) ORDER BY run_id, owner_id LIMIT ?
+"""
+_DROP_WISH: Final = "DELETE FROM wishes WHERE run_id = ? AND owner_id = ?"
+_DELETE_WISHES: Final = "DELETE FROM wishes WHERE at < ?"
 _FORGET: Final = "DELETE FROM records WHERE chat_id = ?"
 _COUNT: Final = """
     SELECT count(*), min(position) FROM records INDEXED BY records_unsynced
@@ -265,6 +274,19 @@ def drop_cancels(connection: apsw.Connection, run_ids: Sequence[str]) -> None:
     connection.executemany(_DROP_CANCEL, [(run_id,) for run_id in run_ids])
 
 
+def note_wish(connection: apsw.Connection, wish: Wish, at: int) -> None:
+    connection.execute(_NOTE_WISH, (*wish, at))
+
+
+def wishes(connection: apsw.Connection, after: Wish, limit: int) -> list[Wish]:
+    return [(str(row[0]), str(row[1])) for row in connection.execute(_WISHES, (*after, limit)).fetchall()]
+
+
+def settle_wishes(connection: apsw.Connection, granted: Sequence[Wish], refused: Sequence[Wish], at: int) -> None:
+    connection.executemany(_NOTE_CANCEL, [(run_id, at) for run_id, _ in granted])
+    connection.executemany(_DROP_WISH, [*granted, *refused])
+
+
 def forget(connection: apsw.Connection, chat_id: str) -> int:
     connection.execute(_FORGET, (chat_id,))
     return connection.changes()
@@ -276,6 +298,7 @@ def clear(connection: apsw.Connection) -> int:
     deleted = connection.changes()
     connection.execute("DELETE FROM keys")
     connection.execute("DELETE FROM cancels")
+    connection.execute("DELETE FROM wishes")
     return deleted
 
 
@@ -299,6 +322,7 @@ def delete(connection: apsw.Connection, before: int) -> int:
 def delete_keys(connection: apsw.Connection, before: int) -> int:
     """One step of pruning keys, and cancels of runs that nobody has ended; fewer than STEP when none is left."""
     connection.execute(_DELETE_CANCELS, (before,))
+    connection.execute(_DELETE_WISHES, (before,))
     connection.execute(_DELETE_KEYS, (before, STEP))
     return connection.changes()
 

@@ -25,6 +25,7 @@ _PUT: Final = {
     "records": f"INSERT INTO records ({_COLUMNS}) VALUES ({', '.join('?' * 11)})",  # noqa: S608 - fixed words
     "keys": "INSERT OR IGNORE INTO keys (owner_id, key, fingerprint, run_id, message_id, at) VALUES (?, ?, ?, ?, ?, ?)",
     "cancels": "INSERT OR IGNORE INTO cancels (run_id, at) VALUES (?, ?)",
+    "wishes": "INSERT OR IGNORE INTO wishes (run_id, owner_id, at) VALUES (?, ?, ?)",
 }
 
 
@@ -146,7 +147,7 @@ def _by_position(source: apsw.Connection, last: int) -> Iterator[tuple[Any, ...]
 def _until_damage(ask: str) -> Callable[[apsw.Connection], Iterator[tuple[Any, ...]]]:
     def read(source: apsw.Connection) -> Iterator[tuple[Any, ...]]:
         with contextlib.suppress(apsw.CorruptError, apsw.SQLError):
-            # The table itself may be missing: layout 1 has no cancels.
+            # The table itself may be missing: layout 1 has no cancels, layout 2 no wishes.
             yield from source.execute(ask)
 
     return read
@@ -155,4 +156,5 @@ def _until_damage(ask: str) -> Callable[[apsw.Connection], Iterator[tuple[Any, .
 _OTHERS: Final = {
     "keys": _until_damage("SELECT owner_id, key, fingerprint, run_id, message_id, at FROM keys"),
     "cancels": _until_damage("SELECT run_id, at FROM cancels"),
+    "wishes": _until_damage("SELECT run_id, owner_id, at FROM wishes"),
 }
