@@ -1,4 +1,4 @@
-"""Tables, JSON and what the machine was doing meanwhile."""
+"""One benchmark's outcome as tables, JSON and pictures, and the page that holds all of them."""
 
 from __future__ import annotations
 
@@ -7,55 +7,82 @@ import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+Row = Mapping[str, Any]
 
-@dataclass(frozen=True, slots=True)
-class Ticks:
-    """CPU time of the whole machine since boot, in seconds."""
+HEAD: Final = """# Benchmarks
 
-    busy: float
-    steal: float
-    total: float
-
-    @classmethod
-    def now(cls) -> Ticks:
-        ticks = [
-            int(part) / os.sysconf("SC_CLK_TCK") for part in Path("/proc/stat").read_text().split("\n")[0].split()[1:]
-        ]
-        idle, steal = ticks[3] + ticks[4], ticks[7]
-        return cls(sum(ticks[:8]) - idle - steal, steal, sum(ticks[:8]))
-
-    def steal_since(self, earlier: Ticks) -> float:
-        """Share of the machine's time that the hypervisor took."""
-        return (self.steal - earlier.steal) / max(1e-9, self.total - earlier.total)
+Made by `scripts/bench` and printed as measured, also where a figure falls short.
+[How to read them](../guides/benchmarks.md).
+"""
 
 
 @dataclass(slots=True)
 class Report:
-    """One benchmark's outcome."""
+    """One benchmark's outcome. `rows` is its only table, `tables` are further ones by their titles."""
 
     name: str
     about: str
-    rows: list[Mapping[str, Any]] = field(default_factory=list)
-    goals: list[Mapping[str, Any]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    tables: dict[str, list[Row]] = field(default_factory=dict)
+    goals: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    #: Where and how quietly it ran; set once it is over.
+    machine: Row = field(default_factory=dict)
+    #: SVG pictures by file name.
+    pictures: dict[str, str] = field(default_factory=dict)
 
     def goal(self, what: str, measured: float, reach: str, met: bool) -> None:
         """A figure to reach, as measured, also where it falls short."""
-        self.goals.append({"goal": what, "measured": round(measured, 3), "reach": reach, "met": met})
+        self.goals.append({"goal": what, "measured": round(measured, 4), "reach": reach, "met": met})
 
     def markdown(self) -> str:
-        parts = [f"## {self.name}", self.about, table(self.rows)]
+        about = ", ".join(f"{name} {value}" for name, value in self.machine.items())
+        parts = [f"## {self.name}", self.about, f"Machine: {about}." if about else ""]
+        parts += [f"![{self.name}]({name})" for name in self.pictures]
+        parts.append(table(self.rows))
+        for title, rows in self.tables.items():
+            parts += [f"### {title}", table(rows)]
         if self.goals:
+            parts += ["### Goals"] if self.tables else []
             parts.append(table([{**goal, "met": "yes" if goal["met"] else "**no**"} for goal in self.goals]))
-        parts.extend(self.notes)
-        return "\n\n".join(parts) + "\n"
+        return "\n\n".join(part for part in [*parts, *self.notes] if part) + "\n"
+
+    def save(self, folder: Path) -> None:
+        """`<name>.json` and the pictures."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, picture in self.pictures.items():
+            (folder / name).write_text(picture)
+        document = asdict(self) | {"pictures": sorted(self.pictures)}
+        (folder / f"{self.name}.json").write_text(json.dumps(document, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Report:
+        """Read what `save` wrote."""
+        data = json.loads(path.read_text())
+        return cls(**{**data, "pictures": {name: path.with_name(name).read_text() for name in data["pictures"]}})
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
+def write_page(folder: Path) -> None:
+    """`README.md` from every saved report, so that one benchmark can be run again without the others."""
+    reports = [Report.load(path) for path in sorted(folder.glob("*.json"))]
+    (folder / "README.md").write_text("\n".join([HEAD, *(report.markdown() for report in reports)]))
+
+
+def machine(steal: float) -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "system": platform.platform(terse=True),
+        "steal": round(steal, 4),
+    }
+
+
+def table(rows: Sequence[Row]) -> str:
     """A Markdown table; the first row names the columns."""
     if not rows:
         return ""
@@ -79,25 +106,3 @@ def quantile(values: Sequence[float], q: float) -> float:
     """The value below which the share `q` lies."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else float("nan")
-
-
-def write(folder: Path, reports: Sequence[Report], steal: float) -> None:
-    """`results.json` and `README.md` in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    machine = {
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "system": platform.platform(terse=True),
-        "steal": round(steal, 4),
-    }
-    document = {
-        "machine": machine,
-        "reports": [
-            {"name": report.name, "rows": report.rows, "goals": report.goals, "notes": report.notes}
-            for report in reports
-        ],
-    }
-    (folder / "results.json").write_text(json.dumps(document, indent=1) + "\n")
-    about = ", ".join(f"{name} {value}" for name, value in machine.items())
-    text = "\n".join(report.markdown() for report in reports)
-    (folder / "README.md").write_text(f"# Benchmarks\n\nMade by `scripts/bench` on one machine: {about}.\n\n{text}")
