@@ -86,6 +86,7 @@ async def open_core(settings: Settings, telemetry: Telemetry, celery: Celery, st
         known=overlay.run,
         requeue=dispatcher.enqueue,
         history=replay.page,
+        promised=journal.cancelled,
     )
     sweeper = Sweeper(
         log,

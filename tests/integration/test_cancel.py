@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from headwater.intake import CANCELLING
 from headwater.messages import MessageStatus
 from headwater.runs import RunState
 from support.house import ME, STRANGER, House, make_house
+from support.house import frozen as all_frozen
+from support.openai_server import OpenAIServer
 from support.own_postgres import OwnPostgres
 from support.own_redis import OwnRedis, frozen, own_redis
 from support.reader import Reader, ask, row_of
@@ -152,6 +155,39 @@ async def test_a_queued_run_is_ended_by_the_next_server_on_the_same_journal(
         answer = (await house.reading.get_chat(ME, chat.id)).messages[-1]
         assert answer.status is MessageStatus.CANCELLED
         await house.intake.send(ME, chat.id, "next")
+
+
+@pytest.mark.parametrize("also", ["Redis", "Redis and PostgreSQL"])
+async def test_the_call_to_the_model_is_closed_while_redis_is_still_away(
+    make_stack: StackMaker, openai_server: OpenAIServer, also: str
+) -> None:
+    stack = await make_stack(own_postgres=True)
+    assert stack.redis_server is not None
+    assert stack.postgres_server is not None
+    async with stack.client() as http:
+        # Says three words and nothing more for ever.
+        question = f"[[scenario:hang]] {new_id()}"
+        accepted = await ask(http, question)
+        reader = Reader(stack.base_url, accepted["task_id"])
+        reading = asyncio.create_task(reader.read())
+        await eventually(lambda: len(reader.text) > 5)
+        await eventually(lambda: row_of(stack, accepted["message_id"])[0] == "processing")
+        request = next(each for each in openai_server.chats if each.question == question)
+        loop = asyncio.get_running_loop()
+        with ExitStack() as away:
+            away.enter_context(all_frozen(stack.redis_server.pid))
+            if also != "Redis":
+                away.enter_context(all_frozen(stack.postgres_server.pid))
+            begun = loop.time()
+            stopped = await http.post(f"/api/task/{accepted['task_id']}/cancel")
+            print(f"\n{also} away: answered after {loop.time() - begun:.2f} s")
+            assert (stopped.status_code, stopped.json()["status"]) == (202, CANCELLING)
+            await eventually(lambda: request.disconnected_at is not None)
+            print(f"the call to the model was closed after {loop.time() - begun:.2f} s")
+            assert not reading.done()
+        await reading
+    assert reader.end == "cancelled"
+    await eventually(lambda: row_of(stack, accepted["message_id"]) == ("cancelled", reader.text))
 
 
 async def test_a_server_killed_after_its_promise_leaves_it_to_the_next(make_stack: StackMaker) -> None:

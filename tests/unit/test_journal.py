@@ -355,6 +355,11 @@ async def test_wishes_are_read_by_run_become_promises_or_go_and_do_not_outlive_t
         await case.journal.note_wish(*wish)
     assert await case.journal.wishes(4) == wishes[:4]
     assert await case.journal.wishes(4, wishes[3]) == wishes[4:]
+    held = {"run-0": "me", "run-1": "nobody", "run-3": "me"}
+    assert await case.journal.cancelled(held) == {"run-0"}
+    await case.journal.note_cancel("run-1")
+    assert await case.journal.cancelled(held) == {"run-0", "run-1"}
+    assert await case.journal.cancelled({}) == set()
     await case.journal.settle_wishes([wishes[0], wishes[3]], [wishes[1]])
     assert await case.journal.wishes(10) == [wishes[2], *wishes[4:]]
     assert sorted(await case.journal.cancels(10)) == ["run-0", "run-1"]

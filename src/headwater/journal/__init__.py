@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -213,6 +213,10 @@ class Journal:
     async def cancels(self, limit: int) -> list[str]:
         """Runs whose cancel was noted, oldest first."""
         return await self._reader.submit(lambda connection: rows.cancels(connection, limit))
+
+    async def cancelled(self, owners: Mapping[str, str]) -> set[str]:
+        """Of these runs, each with its owner, those whose cancel was noted, or wished for by the owner."""
+        return await self._reader.submit(lambda connection: rows.cancelled(connection, owners))
 
     async def wishes(self, limit: int, after: Wish = ("", "")) -> list[Wish]:
         """Wishes to cancel that nobody has judged yet, by run, behind `after`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -81,6 +81,13 @@ _DELETE_CANCELS: Final = "DELETE FROM cancels WHERE at < ?"
 _NOTE_WISH: Final = "INSERT OR IGNORE INTO wishes (run_id, owner_id, at) VALUES (?, ?, ?)"
 _WISHES: Final = """
     SELECT run_id, owner_id FROM wishes WHERE (run_id, owner_id) > (?, ?) ORDER BY run_id, owner_id LIMIT ?
+"""
+# By the runs that were asked about, so that it costs nothing how many others there are.
+_CANCELLED: Final = """
+    SELECT noted.run_id FROM json_each(?) AS held JOIN cancels AS noted ON noted.run_id = held.key
+    UNION
+    SELECT wished.run_id FROM json_each(?) AS held
+    JOIN wishes AS wished ON (wished.run_id, wished.owner_id) = (held.key, held.value)
 """
 _DROP_WISH: Final = "DELETE FROM wishes WHERE run_id = ? AND owner_id = ?"
 _DELETE_WISHES: Final = "DELETE FROM wishes WHERE at < ?"
@@ -272,6 +279,11 @@ def cancels(connection: apsw.Connection, limit: int) -> list[str]:
 
 def drop_cancels(connection: apsw.Connection, run_ids: Sequence[str]) -> None:
     connection.executemany(_DROP_CANCEL, [(run_id,) for run_id in run_ids])
+
+
+def cancelled(connection: apsw.Connection, owners: Mapping[str, str]) -> set[str]:
+    held = orjson.dumps(owners).decode()
+    return {str(row[0]) for row in connection.execute(_CANCELLED, (held, held)).fetchall()}
 
 
 def note_wish(connection: apsw.Connection, wish: Wish, at: int) -> None:

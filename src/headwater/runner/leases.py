@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping
 from enum import IntEnum
-from typing import Final
+from typing import Any, Final
 
-from headwater.errors import LogUnavailable
+from headwater.errors import JournalUnavailable, LogUnavailable
 from headwater.runs import Lease
 from headwater.service import Service
 from headwater.streams.base import Renewed, StreamLog
 from headwater.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
+
+#: Which of these runs, by id and owner, are to be cancelled as far as this host knows.
+Promised = Callable[[Mapping[str, str]], Awaitable[Collection[str]]]
 
 #: Seconds between renewals: a tenth of the usual lease, so that nine may fail.
 RENEW_EVERY: Final = 1.0
@@ -37,8 +40,9 @@ class Stop(IntEnum):
 class Hold:
     """One run held by this process: whether to stop, and whether its log must be written again."""
 
-    def __init__(self, lease: Lease) -> None:
+    def __init__(self, lease: Lease, owner_id: str) -> None:
         self.lease = lease
+        self.owner_id = owner_id
         #: Why to stop; None while the attempt may go on.
         self.reason: Stop | None = None
         self.stopped = asyncio.Event()
@@ -71,20 +75,28 @@ class Hold:
 
 
 class LeaseKeeper(Service):
-    """Renews all leases of a process. While Redis is away it keeps trying: the fence decides when it is back."""
+    """Renews all leases of a process. While Redis is away it keeps trying: the fence decides when it is back.
 
-    def __init__(self, log: StreamLog, *, telemetry: Telemetry, every: float = RENEW_EVERY) -> None:
+    It listens to `promised` besides: a cancel reaches the call to the model also while Redis, which
+    would tell of it, is away, and no more is paid for.
+    """
+
+    def __init__(
+        self, log: StreamLog, *, telemetry: Telemetry, promised: Promised | None = None, every: float = RENEW_EVERY
+    ) -> None:
         super().__init__()
         self._log = log
         self._telemetry = telemetry
+        self._promised = promised
         self._every = every
         self._holds: set[Hold] = set()
         self._away = False
+        self._deaf = False
 
     @contextlib.contextmanager
-    def keep(self, lease: Lease) -> Iterator[Hold]:
+    def keep(self, lease: Lease, owner_id: str) -> Iterator[Hold]:
         """Renew the lease inside the `with`."""
-        hold = Hold(lease)
+        hold = Hold(lease, owner_id)
         self._holds.add(hold)
         self._telemetry.gauge("headwater_runs_active", len(self._holds))
         try:
@@ -99,9 +111,15 @@ class LeaseKeeper(Service):
         return frozenset(self._holds)
 
     async def run(self) -> None:
+        # Side by side: a renewal waits for seconds on a Redis that is frozen.
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._repeat(self.renew))
+            group.create_task(self._repeat(self.listen))
+
+    async def _repeat(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         while True:
             await asyncio.sleep(self._every)
-            await self.renew()
+            await work()
 
     async def renew(self) -> None:
         """Renew all leases once."""
@@ -118,3 +136,20 @@ class LeaseKeeper(Service):
         self._away = False
         for hold, answer in zip(holds, answers, strict=True):
             hold.heard(answer)
+
+    async def listen(self) -> None:
+        """Stop the runs whose cancel was promised on this host."""
+        holds = list(self._holds)
+        if not holds or self._promised is None:
+            return
+        try:
+            cancelled = await self._promised({hold.lease.run_id: hold.owner_id for hold in holds})
+        except JournalUnavailable as error:
+            if not self._deaf:
+                logger.warning("Cancels cannot be read from the journal now: %s", error)
+            self._deaf = True
+            return
+        self._deaf = False
+        for hold in holds:
+            if hold.lease.run_id in cancelled:
+                hold.stop(Stop.CANCEL)

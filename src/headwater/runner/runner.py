@@ -28,7 +28,7 @@ from headwater.pipelines.base import Pipeline
 from headwater.records import Record
 from headwater.runner import endings
 from headwater.runner.attempt import CLOSE_GRACE, Attempt, Parts, Save
-from headwater.runner.leases import Hold, LeaseKeeper, Stop
+from headwater.runner.leases import Hold, LeaseKeeper, Promised, Stop
 from headwater.runner.writer import FIRST_RETRY, LAST_RETRY, nap
 from headwater.runs import Lease, Run, RunState
 from headwater.settings import Settings
@@ -57,8 +57,9 @@ class Runner:
         known: Callable[[str], Awaitable[Run | None]] | None = None,
         requeue: Callable[[Run], None] | None = None,
         history: Callable[[str], Awaitable[Page | None]] | None = None,
+        promised: Promised | None = None,
     ) -> None:
-        self.leases = LeaseKeeper(log, telemetry=telemetry)
+        self.leases = LeaseKeeper(log, telemetry=telemetry, promised=promised)
         self._log = log
         self._parts = Parts(log, pipelines, save, clock, telemetry, settings, known, requeue, history)
         self._draining = asyncio.Event()
@@ -180,7 +181,7 @@ class Runner:
 
     @asynccontextmanager
     async def _attempt(self, run: Run, lease: Lease, *, patient: bool = True) -> AsyncIterator[Attempt]:
-        with self.leases.keep(lease) as hold:
+        with self.leases.keep(lease, run.owner_id) as hold:
             if self._draining.is_set():
                 hold.stop(Stop.DRAIN)
             earlier = await self._earlier(lease, hold, patient=patient)
