@@ -87,9 +87,9 @@ def _delivery(settings: Settings) -> dict[str, Any]:
         "task_acks_late": True,
         "task_reject_on_worker_lost": True,
         "task_ignore_result": True,
-        # The run ends itself at its deadline. This is for a process that hangs: the prefork pool kills it, and the
-        # run's lease brings the run to another. No soft limit: it would take the task off the clock and leave the
-        # process that hangs in the pool. Pools of one process, threads and solo, cannot be limited.
+        # The run ends itself at its deadline. This is for one that hangs: the prefork pool kills its process, the
+        # asyncio pool cancels it, and the run goes on elsewhere. No soft limit: it would take the task off the clock
+        # and leave the process that hangs in the pool. The threads and solo pools cannot be limited.
         "task_time_limit": settings.run_deadline + TASK_MARGIN,
         # The dispatcher repeats; inside it a retry would only block longer.
         "task_publish_retry": False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
@@ -140,19 +140,25 @@ class Settings(BaseSettings):
     max_streams: int = Field(
         200, alias="HEADWATER_MAX_STREAMS", gt=0, description="Open streams per owner and server process."
     )
-    worker_pool: str = Field("threads", alias="HEADWATER_WORKER_POOL", description="Celery pool: threads or prefork.")
+    worker_pool: Literal["asyncio", "prefork", "threads", "solo"] = Field(
+        "asyncio",
+        alias="HEADWATER_WORKER_POOL",
+        description="Pool of `headwater worker`: asyncio (all runs on one event loop), prefork (a process per run), "
+        "threads or solo.",
+    )
     worker_concurrency: int | None = Field(
         None,
         alias="HEADWATER_WORKER_CONCURRENCY",
         gt=0,
-        description="Runs at once per worker. Default: 64, and with prefork, where each takes a process, two per core.",
+        description="Runs at once per worker process. Default: 1000; with threads 64; with prefork, where each takes a "
+        "process, two per core.",
     )
     worker_metrics_port: int = Field(
         0,
         alias="HEADWATER_WORKER_METRICS_PORT",
         ge=0,
         le=65535,
-        description="Port at HOST where a worker serves its metrics; 0 is off. With threads and solo only. "
+        description="Port at HOST where a worker serves its metrics; 0 is off. Not with prefork. "
         "The port asks for no token.",
     )
     db_pool_size: int = Field(
@@ -202,13 +208,6 @@ class Settings(BaseSettings):
             )
         return value
 
-    @field_validator("worker_pool")
-    @classmethod
-    def _known_pool(cls, value: str) -> str:
-        if value not in {"threads", "prefork", "solo"}:
-            raise ValueError("is one of threads, prefork, solo")
-        return value
-
     @field_validator("access_token")
     @classmethod
     def _long_enough(cls, value: SecretStr | None) -> SecretStr | None:
@@ -231,7 +230,7 @@ class Settings(BaseSettings):
         """Runs at once per worker."""
         if self.worker_concurrency is not None:
             return self.worker_concurrency
-        return 2 * (os.cpu_count() or 1) if self.worker_pool == "prefork" else 64
+        return {"asyncio": 1000, "prefork": 2 * (os.cpu_count() or 1), "threads": 64, "solo": 1}[self.worker_pool]
 
     @property
     def demo(self) -> bool:

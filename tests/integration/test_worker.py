@@ -145,9 +145,9 @@ async def stacks(stack_maker: StackMaker) -> AsyncIterator[dict[str, Stack]]:
     maker = stack_maker.fresh()
     made = [
         await maker(servers=0, workers=2, settings={**QUICK, "HEADWATER_WORKER_POOL": pool}, start=False)
-        for pool in ("threads", "prefork")
+        for pool in ("asyncio", "prefork")
     ]
-    yield dict(zip(("threads", "prefork"), made, strict=True))
+    yield dict(zip(("asyncio", "prefork"), made, strict=True))
     await maker.stop()
 
 
@@ -161,8 +161,8 @@ async def awake(stack: Stack) -> Stack:
 
 
 @pytest_asyncio.fixture
-async def threads(stacks: dict[str, Stack]) -> Stack:
-    return await awake(stacks["threads"])
+async def stack(stacks: dict[str, Stack]) -> Stack:
+    return await awake(stacks["asyncio"])
 
 
 @pytest_asyncio.fixture
@@ -170,7 +170,7 @@ async def prefork(stacks: dict[str, Stack]) -> Stack:
     return await awake(stacks["prefork"])
 
 
-@pytest_asyncio.fixture(params=["threads", "prefork"])
+@pytest_asyncio.fixture(params=["asyncio", "prefork"])
 async def either(request: pytest.FixtureRequest, stacks: dict[str, Stack]) -> Stack:
     return await awake(stacks[request.param])
 
@@ -197,8 +197,8 @@ async def test_a_run_streams_and_ends_in_the_database(either: Stack) -> None:
         assert (result["run_id"], result["status"]) == (run.id, "done")
 
 
-async def test_celery_tells_failed_and_cancelled_runs_apart(threads: Stack) -> None:
-    async with client_of(threads) as client:
+async def test_celery_tells_failed_and_cancelled_runs_apart(stack: Stack) -> None:
+    async with client_of(stack) as client:
         failing, slow = await client.send("[[scenario:auth]]"), await client.send(f"[[scenario:hang]] {new_id()}")
         error = (await client.ended(failing))[-1]
         assert (error.type, error.data["code"]) == (EventType.ERROR, "provider_auth")
@@ -214,8 +214,8 @@ async def test_celery_tells_failed_and_cancelled_runs_apart(threads: Stack) -> N
         assert kept.status is MessageStatus.CANCELLED
 
 
-async def test_a_cancel_closes_the_call_to_the_model(threads: Stack, openai_server: OpenAIServer) -> None:
-    async with client_of(threads) as client:
+async def test_a_cancel_closes_the_call_to_the_model(stack: Stack, openai_server: OpenAIServer) -> None:
+    async with client_of(stack) as client:
         # Says three words and nothing more, so that only the renewal can tell of the cancel.
         question = f"[[scenario:hang]] {new_id()}"
         run = await client.send(question)
@@ -226,8 +226,8 @@ async def test_a_cancel_closes_the_call_to_the_model(threads: Stack, openai_serv
         await eventually(lambda: request.disconnected_at is not None)
 
 
-async def test_the_same_task_sent_three_times_gives_one_stream(threads: Stack, openai_server: OpenAIServer) -> None:
-    async with client_of(threads) as client:
+async def test_the_same_task_sent_three_times_gives_one_stream(stack: Stack, openai_server: OpenAIServer) -> None:
+    async with client_of(stack) as client:
         question = f"Once? {new_id()} [[words:40]][[rate:50]]"
         run = await client.accept(question)
         for _ in range(3):
@@ -235,7 +235,7 @@ async def test_the_same_task_sent_three_times_gives_one_stream(threads: Stack, o
         events = await client.ended(run)
         check_whole(events, answer(question, 40))
         client.ring(run)
-        await eventually(lambda: sum(f"{run.id}] succeeded" in line for line in lines_of(threads)) == 4)
+        await eventually(lambda: sum(f"{run.id}] succeeded" in line for line in lines_of(stack)) == 4)
         assert await client.events(run) == events
         assert sum(each.question == question for each in openai_server.chats) == 1
 
@@ -254,15 +254,15 @@ async def test_a_worker_killed_in_the_middle_is_replaced_and_the_answer_begins_a
 
 
 async def test_a_worker_killed_before_the_first_token_is_replaced_without_a_reset(
-    threads: Stack, openai_server: OpenAIServer
+    stack: Stack, openai_server: OpenAIServer
 ) -> None:
-    async with client_of(threads) as client:
+    async with client_of(stack) as client:
         name = f"later-{new_id()}"
         openai_server.load({"scenarios": {name: {"steps": [{"words": 5}], "before": [{"wait": name}]}}})
         question = f"[[scenario:{name}]]"
         run = await client.send(question)
         await eventually(lambda: any(each.question == question for each in openai_server.chats))
-        threads.workers[await holder_of(client, threads, run)].kill()
+        stack.workers[await holder_of(client, stack, run)].kill()
         openai_server.release(name)
         events = await client.ended(run)
         check_whole(events, answer(question, 5))
@@ -286,12 +286,12 @@ async def test_a_run_that_kills_its_process_fails_after_three_attempts(prefork: 
         assert (await client.row(run)).state is RunState.FAILED
 
 
-async def test_a_stopped_worker_that_wakes_up_late_writes_nothing(threads: Stack) -> None:
-    async with client_of(threads) as client:
+async def test_a_stopped_worker_that_wakes_up_late_writes_nothing(stack: Stack) -> None:
+    async with client_of(stack) as client:
         question = f"Zombie? {new_id()} [[words:60]][[rate:30]]"
         run = await client.send(question)
         await client.speaking(run, 3)
-        zombie = threads.workers[await holder_of(client, threads, run)]
+        zombie = stack.workers[await holder_of(client, stack, run)]
         zombie.signal(signal.SIGSTOP)
         events = await client.ended(run)
         zombie.signal(signal.SIGCONT)
@@ -315,28 +315,28 @@ async def test_a_worker_told_to_end_hands_its_run_over_without_waiting_for_the_a
         assert [event.data["reason"] for event in events if event.type is EventType.RESET] == ["handed_over"]
 
 
-async def test_a_run_that_no_message_told_of_is_found_by_the_sweeper(threads: Stack) -> None:
-    async with client_of(threads) as client:
+async def test_a_run_that_no_message_told_of_is_found_by_the_sweeper(stack: Stack) -> None:
+    async with client_of(stack) as client:
         run = await client.accept("[[scenario:hello]]")
         await client.log.open(run, 0.1)
         check_whole(await client.ended(run), "Hello, world")
 
 
-async def test_a_run_that_redis_forgot_is_found_by_its_row(threads: Stack) -> None:
-    async with client_of(threads) as client:
+async def test_a_run_that_redis_forgot_is_found_by_its_row(stack: Stack) -> None:
+    async with client_of(stack) as client:
         run = await client.accept("[[scenario:hello]]")
         await client.log.forget(run.id)
         check_whole(await client.ended(run), "Hello, world")
         assert (await client.row(run)).state is RunState.DONE
 
 
-async def test_a_redis_that_comes_back_empty_is_written_again_under_the_same_epoch(threads: Stack) -> None:
-    async with client_of(threads) as client:
+async def test_a_redis_that_comes_back_empty_is_written_again_under_the_same_epoch(stack: Stack) -> None:
+    async with client_of(stack) as client:
         question = f"Forgotten? {new_id()} [[words:60]][[rate:30]]"
         run = await client.send(question)
         await client.speaking(run, 5)
         before = await client.log.meta(run.id)
-        async with redis.asyncio.Redis.from_url(threads.redis_url) as raw:
+        async with redis.asyncio.Redis.from_url(stack.redis_url) as raw:
             await raw.flushall()
         check_whole(await client.ended(run), answer(question, 60))
         after = await client.log.meta(run.id)
@@ -345,18 +345,18 @@ async def test_a_redis_that_comes_back_empty_is_written_again_under_the_same_epo
         assert (after.epoch, after.attempt) == (before.epoch, 1)
 
 
-async def test_a_redis_that_is_frozen_for_a_while_loses_nothing(threads: Stack) -> None:
-    assert threads.redis_server is not None
-    async with client_of(threads) as client:
+async def test_a_redis_that_is_frozen_for_a_while_loses_nothing(stack: Stack) -> None:
+    assert stack.redis_server is not None
+    async with client_of(stack) as client:
         question = f"Frozen? {new_id()} [[words:60]][[rate:30]]"
         run = await client.send(question)
         await client.speaking(run, 5)
-        holder = threads.workers[await holder_of(client, threads, run)]
-        os.kill(threads.redis_server.pid, signal.SIGSTOP)
+        holder = stack.workers[await holder_of(client, stack, run)]
+        os.kill(stack.redis_server.pid, signal.SIGSTOP)
         try:
             await eventually(lambda: f"Run {run.id} goes on in memory" in holder.log(), 20)
         finally:
-            os.kill(threads.redis_server.pid, signal.SIGCONT)
+            os.kill(stack.redis_server.pid, signal.SIGCONT)
         check_whole(await client.ended(run), answer(question, 60))
 
 

@@ -72,7 +72,7 @@ def test_a_number_of_runs_that_was_set_holds_for_celerys_own_command_too() -> No
         return make_celery(Settings(redis_url=URL, **settings)).conf
 
     assert conf(worker_concurrency=7).worker_concurrency == 7
-    # The default of ours belongs to the threads pool; Celery's own pool would start 64 processes.
+    # The default of ours belongs to the asyncio pool; Celery's own pool would start 1000 processes.
     assert conf().worker_concurrency is None
     assert conf(worker_pool="threads").worker_pool == "prefork"
 

@@ -18,6 +18,7 @@ from headwater.dev.services import free_port
 from headwater.queue import RUN_TASK, make_celery
 from headwater.settings import Settings
 from headwater.worker import tasks
+from headwater.worker.graph import Graph
 from headwater.worker.runtime import Runtime, RuntimeGone, Runtimes
 from support.runs import new_run
 from support.wait import eventually
@@ -63,6 +64,18 @@ async def in_thread(work: Callable[[], object]) -> BaseException | None:
     return None
 
 
+async def opened(runtime: Runtime) -> Graph:
+    """Its parts, once they are open."""
+    graph = await eventually(lambda: runtime.graph)
+    assert graph is not None
+    return graph
+
+
+def execute(runtime: Runtime) -> str | None:
+    """As a task of a synchronous pool does."""
+    return runtime.wait(runtime.execute(new_run()))
+
+
 async def test_one_process_has_one_runtime(runtimes: Runtimes) -> None:
     first = await asyncio.to_thread(runtimes.here)
     assert await asyncio.to_thread(runtimes.here) is first
@@ -75,10 +88,10 @@ async def test_a_task_under_which_the_loop_dies_goes_back_to_the_queue(
     monkeypatch.setattr("headwater.worker.runtime.WATCH", 0.01)
     tasks.register(celery, runtimes)
     runtime = await asyncio.to_thread(runtimes.here)
-    await asyncio.to_thread(runtime._ready.result)
+    graph = await opened(runtime)
     # Redis is away, so the claim waits.
     waiting = asyncio.create_task(in_thread(lambda: celery.tasks[RUN_TASK](new_run().to_json())))
-    await eventually(lambda: runtime._ready.result().runner._active)
+    await eventually(lambda: graph.runner._active)
     die(runtime)
     rejected = await waiting
     assert isinstance(rejected, Reject)
@@ -88,10 +101,10 @@ async def test_a_task_under_which_the_loop_dies_goes_back_to_the_queue(
 
 async def test_a_loop_that_died_is_replaced(runtimes: Runtimes) -> None:
     first = await asyncio.to_thread(runtimes.here)
-    await asyncio.to_thread(first._ready.result)
+    await opened(first)
     die(first)
     await eventually(lambda: not first.alive)
-    assert isinstance(await in_thread(lambda: first.execute(new_run())), RuntimeGone)
+    assert isinstance(await in_thread(lambda: execute(first)), RuntimeGone)
     second = await asyncio.to_thread(runtimes.here)
     assert second is not first
     assert second.alive
@@ -103,19 +116,45 @@ async def test_a_worker_without_a_usable_journal_gives_its_tasks_back(
     monkeypatch.setattr("headwater.worker.runtime.START_PATIENCE", 0.05)
     settings.journal_file.write_bytes(b"not a database" * 1000)
     runtime = await asyncio.to_thread(runtimes.here)
-    assert isinstance(await in_thread(lambda: runtime.execute(new_run())), RuntimeGone)
+    assert isinstance(await in_thread(lambda: execute(runtime)), RuntimeGone)
     await eventually(lambda: "cannot start" in caplog.text)
 
 
 async def test_it_drains_and_stops_while_redis_is_away(runtimes: Runtimes) -> None:
     runtime = await asyncio.to_thread(runtimes.here)
-    waiting = asyncio.create_task(asyncio.to_thread(runtime.execute, new_run()))
-    await asyncio.to_thread(runtime._ready.result)
-    await eventually(lambda: runtime._ready.result().runner._active)
+    waiting = asyncio.create_task(asyncio.to_thread(execute, runtime))
+    graph = await opened(runtime)
+    await eventually(lambda: graph.runner._active)
     runtime.drain()
     assert await waiting is None
     await asyncio.to_thread(runtimes.stop)
     assert not runtime.alive
+
+
+async def test_on_a_running_loop_it_lives_there_and_closes_its_parts_when_it_is_stopped(runtimes: Runtimes) -> None:
+    runtime = runtimes.here()
+    graph = await opened(runtime)
+    assert "headwater" not in {thread.name for thread in threading.enumerate()}
+    # Redis is away, so the claim waits.
+    waiting = asyncio.create_task(runtime.execute(new_run()))
+    await eventually(lambda: graph.runner._active)
+    runtimes.stop()
+    assert await waiting is None
+    await eventually(lambda: not runtime.alive)
+    assert not graph.syncer.started.is_set()
+
+
+async def test_who_waits_for_parts_that_cannot_start_goes_back_to_the_queue_when_the_worker_ends(
+    runtimes: Runtimes, settings: Settings
+) -> None:
+    settings.journal_file.write_bytes(b"not a database" * 1000)
+    runtime = runtimes.here()
+    waiting = asyncio.create_task(runtime.execute(new_run()))
+    await asyncio.sleep(0)
+    runtimes.drain()
+    with pytest.raises(RuntimeGone):
+        await waiting
+    await eventually(lambda: not runtime.alive)
 
 
 async def test_a_worker_of_one_process_serves_its_metrics_and_gives_the_port_back(
@@ -125,7 +164,7 @@ async def test_a_worker_of_one_process_serves_its_metrics_and_gives_the_port_bac
     runtimes = Runtimes(settings.model_copy(update={"worker_metrics_port": port}), celery)
     runtime = await asyncio.to_thread(runtimes.here)
     try:
-        await asyncio.to_thread(runtime._ready.result)
+        await opened(runtime)
         assert b"# TYPE headwater_runs_ended_total counter" in await asyncio.to_thread(scrape, port)
     finally:
         await asyncio.to_thread(runtimes.stop)
@@ -141,7 +180,7 @@ async def test_a_metrics_port_that_is_taken_keeps_no_worker_from_working(
         runtimes = Runtimes(settings.model_copy(update={"worker_metrics_port": port}), celery)
         runtime = await asyncio.to_thread(runtimes.here)
         try:
-            await asyncio.to_thread(runtime._ready.result)
+            await opened(runtime)
         finally:
             await asyncio.to_thread(runtimes.stop)
     assert f"HEADWATER_WORKER_METRICS_PORT={port} cannot be bound" in caplog.text
@@ -156,7 +195,7 @@ async def test_a_child_of_a_pool_leaves_the_metrics_port_alone(
     monkeypatch.setattr(runtimes, "_maker", os.getppid())
     runtime = await asyncio.to_thread(runtimes.here)
     try:
-        await asyncio.to_thread(runtime._ready.result)
+        await opened(runtime)
         with pytest.raises(OSError):
             await asyncio.to_thread(scrape, port)
     finally:

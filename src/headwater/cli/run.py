@@ -81,7 +81,7 @@ def worker(
         int | None, typer.Option("--concurrency", "-c", help="Runs at once. [HEADWATER_WORKER_CONCURRENCY]")
     ] = None,
     pool: Annotated[
-        str | None, typer.Option("--pool", "-P", help="threads, prefork or solo. [HEADWATER_WORKER_POOL]")
+        str | None, typer.Option("--pool", "-P", help="asyncio, prefork, threads or solo. [HEADWATER_WORKER_POOL]")
     ] = None,
     name: Annotated[str | None, typer.Option("--name", "-n", help="Its name among several, e.g. blue@%h.")] = None,
     parent: Parent = None,
@@ -89,8 +89,8 @@ def worker(
     """Run a worker alone: it takes runs from Redis and answers them.
 
     Needs REDIS_URL and DATABASE_URL. Start as many as you like, on as many machines; each run goes to one of them.
-    SIGTERM hands what it is answering to another worker. Celery's own command starts the same worker:
-    celery -A headwater.worker worker.
+    SIGTERM hands what it is answering to another worker. Celery's own command, celery -A headwater.worker worker,
+    starts a worker for the same tasks, with the pool that Celery is told.
     """
     adopt(parent)
     settings = settings_with(worker_concurrency=concurrency, worker_pool=pool)
@@ -99,14 +99,19 @@ def worker(
     start_logging(settings, parent)
     from headwater.worker.celery_app import create_app
 
-    arguments = ["worker", f"--pool={settings.worker_pool}", f"--concurrency={settings.concurrency}"]
+    app = create_app(settings)
+    # Celery's option takes the names of its own pools only, its configuration any class.
+    app.conf.worker_pool = (
+        "headwater.worker.pool:AsyncPool" if settings.worker_pool == "asyncio" else settings.worker_pool
+    )
+    arguments = ["worker", f"--concurrency={settings.concurrency}"]
     # The workers need not know each other, and asking around delays each start by a second.
     arguments += ["--without-mingle", "--without-gossip"]
     # JSON is all it accepts, and a container or a root shell is the user's own choice.
     warnings.filterwarnings("ignore", message="You're running the worker with superuser privileges")
     if name:
         arguments.append(f"--hostname={name}")
-    _celery(create_app(settings), settings, arguments)
+    _celery(app, settings, arguments)
 
 
 def beat(parent: Parent = None) -> None:

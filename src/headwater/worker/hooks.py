@@ -1,9 +1,10 @@
 """What happens when Celery's processes start and stop.
 
-    pool       the event loop lives in        it is told to hand over by
-    threads    the worker's own process       the signal handler of that process
-    solo       the worker's own process       the same
-    prefork    every child                    a pipe from the parent, closed
+    pool       the event loop is              in                         it is told to hand over by
+    asyncio    the pool's                     the worker's own process   the signal handler of that process
+    threads    ours, in a thread beside it    the worker's own process   the same
+    solo       ours, in a thread beside it    the worker's own process   the same
+    prefork    ours, in a thread beside it    every child                a pipe from the parent, closed
 
 A child of the prefork pool never hears of a warm shutdown: Celery waits for its task. So the parent
 holds the only writing end of a pipe, and a child that reads its end, because the parent closed it or
@@ -67,7 +68,7 @@ class Hooks:
         self._pipe = _Pipe()
 
     def worker_process_init(self, **_: Any) -> None:
-        """In a child of the prefork pool, or in the solo pool's only process."""
+        """In a child of the prefork pool, in the solo pool's only process, on the asyncio pool's loop."""
         self._runtimes.here()
         if self._pipe is not None and not self._pipe.ours:
             # Every child inherits the writing end as well; the parent's must be the only one.
@@ -82,7 +83,7 @@ class Hooks:
         elif pool == "celery.concurrency.prefork" and self._settings.worker_metrics_port:
             logger.warning(
                 "HEADWATER_WORKER_METRICS_PORT is left out: every process of the prefork pool counts for itself. "
-                "Use the threads pool for metrics"
+                "Use the asyncio pool for metrics"
             )
 
     def worker_shutting_down(self, **_: Any) -> None:

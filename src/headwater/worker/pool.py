@@ -18,6 +18,10 @@ and `self.request` works inside the coroutine, because Celery's request stack is
 (In tasks that the coroutine itself creates it does not: hand the request over.) SQLAlchemy's
 asyncio extension made the technique known.
 
+The signals `worker_process_init` and `worker_process_shutdown` are sent on the running loop. What tasks
+share, such as an HTTP client, is opened by a task that a handler creates there (`asyncio.create_task`);
+it is cancelled when the worker ends, once all of Celery's tasks have ended.
+
 Ordinary `def` tasks run in threads beside the loop, SYNC_THREADS at once, and cannot block it.
 Their time limits are reported but nothing can stop a thread.
 
@@ -34,17 +38,20 @@ import contextvars
 import inspect
 import itertools
 import logging
+import os
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 from billiard.einfo import ExceptionInfo
-from celery import Task
+from celery import Task, signals
 from celery.concurrency.base import BasePool
 from celery.exceptions import ImproperlyConfigured, SoftTimeLimitExceeded, WorkerLostError
+from celery.platforms import EX_FAILURE, EX_OK
+from celery.worker import state
 from greenlet import getcurrent, greenlet
 
 logger = logging.getLogger(__name__)
@@ -53,17 +60,24 @@ logger = logging.getLogger(__name__)
 SYNC_THREADS: Final = 16
 #: Seconds a cold shutdown waits for cancelled tasks to unwind.
 UNWIND_SECONDS: Final = 3.0
+#: Seconds the loop has at its end for what is left on it, such as shared clients that close.
+END_SECONDS: Final = 5.0
 
 
 class _TraceGreenlet(greenlet):  # type: ignore[misc]  # greenlet has no types
     """Where Celery traces one task; its parent is the driver on the event loop."""
 
 
+def in_coroutine() -> bool:
+    """Whether the asyncio pool runs this synchronous code around a coroutine, so that `await_only` works."""
+    return isinstance(getcurrent(), _TraceGreenlet)
+
+
 def await_only(awaitable: Awaitable[Any]) -> Any:
-    """Await from synchronous code inside an `async def` task. Elsewhere the awaitable gets an event loop of its own."""
+    """Await from synchronous code inside an `async def` task. Raises RuntimeError anywhere else."""
     current = getcurrent()
     if not isinstance(current, _TraceGreenlet) or current.parent is None:
-        return asyncio.run(_coroutine(awaitable))
+        raise RuntimeError("await_only works inside an `async def` task of the asyncio pool only")
     steps = awaitable.__await__()
     error: BaseException | None = None
     while True:
@@ -78,18 +92,20 @@ def await_only(awaitable: Awaitable[Any]) -> Any:
             error = thrown
 
 
-async def _coroutine(awaitable: Awaitable[Any]) -> Any:
-    return await awaitable
-
-
 class AsyncTask(Task):  # type: ignore[misc]  # Celery has no types
-    """Base of tasks whose body may be `async def`. In any other pool such a body gets an event loop of its own."""
+    """Base of tasks whose body may be `async def`."""
 
     abstract = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result = self.run(*args, **kwargs)
-        return await_only(result) if inspect.isawaitable(result) else result
+        if not inspect.iscoroutine(result):
+            return result
+        return await_only(result) if in_coroutine() else self.run_apart(result)
+
+    def run_apart(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Run the body in any other pool, or in a plain call: in an event loop of its own."""
+        return asyncio.run(work)
 
 
 class _Driver(Awaitable[Any]):
@@ -160,6 +176,7 @@ class AsyncPool(BasePool):  # type: ignore[misc]  # Celery has no types
         self._loop: asyncio.AbstractEventLoop | None = None
         self._slots = asyncio.Semaphore(limit or 1)
         self._thread: threading.Thread | None = None
+        self._stop = asyncio.Event()
         self._threads = ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="sync-task")
         self._hub: Any = None
         #: Calls for the main thread, in order; the hub's own set of ready callbacks keeps none.
@@ -170,8 +187,7 @@ class AsyncPool(BasePool):  # type: ignore[misc]  # Celery has no types
 
     def on_start(self) -> None:
         begun = threading.Event()
-        self._loop = _new_event_loop()
-        self._thread = threading.Thread(target=self._run_loop, args=(begun,), name="asyncio-pool", daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(begun,), name="asyncio-pool", daemon=True)
         self._thread.start()
         begun.wait()
 
@@ -196,22 +212,31 @@ class AsyncPool(BasePool):  # type: ignore[misc]  # Celery has no types
             self._await_told(0.1)
         self._end()
 
-    def _run_loop(self, begun: threading.Event) -> None:
-        loop = self._require_loop()
-        asyncio.set_event_loop(loop)
-        loop.call_soon(begun.set)
+    def _work(self, begun: threading.Event) -> None:
         try:
-            loop.run_forever()
+            # At its end it cancels what is left on the loop and waits until that has unwound.
+            with asyncio.Runner(loop_factory=new_event_loop) as runner:
+                runner.run(self._main(begun))
+        except Exception:
+            logger.critical("The pool's event loop died: the worker ends", exc_info=True)
+            state.should_stop = EX_FAILURE
         finally:
-            loop.run_until_complete(loop.shutdown_asyncgens())
-            loop.close()
+            begun.set()
+
+    async def _main(self, begun: threading.Event) -> None:
+        self._loop = asyncio.get_running_loop()
+        # On the loop, so that a handler may open what its tasks share: see the module's first lines.
+        signals.worker_process_init.send(sender=None)
+        begun.set()
+        await self._stop.wait()
+        signals.worker_process_shutdown.send(sender=None, pid=os.getpid(), exitcode=EX_OK)
 
     def _end(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
         thread, self._thread = self._thread, None
-        if thread is not None:
-            self._require_loop().call_soon_threadsafe(self._require_loop().stop)
-            thread.join(UNWIND_SECONDS)
+        if thread is not None and thread.is_alive():
+            self._require_loop().call_soon_threadsafe(self._stop.set)
+            thread.join(END_SECONDS)
 
     def _require_loop(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:
@@ -362,7 +387,8 @@ def _lost(error: BaseException) -> ExceptionInfo:
     return ExceptionInfo((type(known), known, error.__traceback__))
 
 
-def _new_event_loop() -> asyncio.AbstractEventLoop:
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """A loop of uvloop where that is installed."""
     try:
         import uvloop
     except ImportError:

@@ -1,7 +1,8 @@
-"""The Celery tasks: each hands its work to the process's event loop and waits for it."""
+"""The Celery tasks: coroutines on the process's event loop, whichever pool there is."""
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
 from typing import Any
 
 from celery import Celery
@@ -9,24 +10,37 @@ from celery.exceptions import Reject
 
 from headwater.queue import RUN_TASK, SYNC_TASK
 from headwater.runs import Run
+from headwater.worker.pool import AsyncTask
 from headwater.worker.runtime import RuntimeGone, Runtimes
 
 
 def register(app: Celery, runtimes: Runtimes) -> None:
     """Give the app its tasks."""
 
-    def run(run_json: dict[str, Any]) -> str | None:
-        """Execute a run. Returns the state it ended in, None when it was not for us."""
-        try:
-            return runtimes.here().execute(Run.from_json(run_json))
-        except RuntimeGone as error:
-            # Another process of the pool, or another worker, can still do it.
-            raise Reject(str(error), requeue=True) from error
+    class OnTheLoop(AsyncTask):
+        """The asyncio pool's tasks are on the loop already; those of a synchronous pool wait for it in their thread."""
 
-    def sync() -> int:
+        abstract = True
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return super().__call__(*args, **kwargs)
+            except RuntimeGone as error:
+                # Another process of the pool, or another worker, can still do it.
+                raise Reject(str(error), requeue=True) from error
+
+        def run_apart(self, work: Coroutine[Any, Any, Any]) -> Any:
+            return runtimes.here().wait(work)
+
+    async def run(run_json: dict[str, Any]) -> str | None:
+        """Execute a run. Returns the state it ended in, None when it was not for us."""
+        return await runtimes.here().execute(Run.from_json(run_json))
+
+    async def sync() -> int:
         """Bring the journal to PostgreSQL and forget what has long been there."""
-        return runtimes.here().sync()
+        return await runtimes.here().sync()
 
     # Not shared: Celery would give them, bound to these runtimes, to every other app of the process too.
-    app.task(run, name=RUN_TASK, shared=False, Request="headwater.worker.request:DiscreetRequest")
-    app.task(sync, name=SYNC_TASK, shared=False)
+    options: dict[str, Any] = {"base": OnTheLoop, "shared": False}
+    app.task(run, name=RUN_TASK, Request="headwater.worker.request:DiscreetRequest", **options)
+    app.task(sync, name=SYNC_TASK, **options)
