@@ -11,12 +11,16 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
-from benchmarks import journal, worker
+from benchmarks import endtoend, journal, worker
 from benchmarks.machine import Ticks
 from benchmarks.report import Report, machine, write_page
 
 #: A benchmark is told whether to be quick: one short round that shows that everything runs.
-ALL: Final[dict[str, Callable[[bool], Awaitable[Report]]]] = {"worker": worker.run, "journal": journal.run}
+ALL: Final[dict[str, Callable[[bool], Awaitable[Report]]]] = {
+    "worker": worker.run,
+    "endtoend": endtoend.run,
+    "journal": journal.run,
+}
 RESULTS: Final = Path(__file__).parent.parent / "docs" / "benchmarks"
 
 
