@@ -8,17 +8,19 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import orjson
 import pytest
 
+from chaos.proxy import Proxy
 from headwater.errors import LogLost, LogUnavailable
 from headwater.events import Event
 from headwater.runs import Lease, Run
 from headwater.streams import connect
 from headwater.streams.redis import RedisStreamLog, SyncMetaReader
 from support.own_redis import CERTIFICATE, frozen, own_redis, tls_in_front_of
-from support.streams import RedisWorld, end, new_run, numbered, seqs
+from support.streams import RedisWorld, end, new_run, numbered, seqs, texts
 from support.wait import eventually
 
 #: Seconds; far above any call's own limit, far below for ever.
@@ -250,6 +252,117 @@ class TestTrouble:
                 await log.ping()
             await log.close()
             await world.close()
+
+
+class TestTrips:
+    """Appends of many runs share a connection and its round trips."""
+
+    async def held(self, world: RedisWorld, count: int) -> list[Lease]:
+        leases = [await world.log.claim(new_run(), "worker") for _ in range(count)]
+        # Makes the connection and loads the script.
+        await world.log.append(leases[0], numbered(1, 1))
+        return leases
+
+    async def test_appends_said_at_once_take_few_trips_and_each_gets_its_own_answer(self, world: RedisWorld) -> None:
+        leases = await self.held(world, 21)
+        before = (await world.raw.info("stats"))["total_reads_processed"]
+        answers = await asyncio.gather(
+            *(world.log.append(lease, numbered(1, 1 + n % 3)) for n, lease in enumerate(leases[1:]))
+        )
+        # The question itself is one of them.
+        assert (await world.raw.info("stats"))["total_reads_processed"] - before < 10
+        assert [answer.count for answer in answers] == [1 + n % 3 for n in range(20)]
+        assert len([one for one in await world.raw.client_list() if one["name"] == "headwater-appends"]) == 1
+
+    async def test_one_that_is_refused_and_one_that_gives_up_disturb_nobody(self, world: RedisWorld) -> None:
+        leases = await self.held(world, 6)
+        await world.log.release(leases[1])
+        heir = await world.log.claim(new_run(id=leases[1].run_id), "heir")
+        calls = [asyncio.create_task(world.log.append(lease, numbered(1, 2))) for lease in leases[1:]]
+        await asyncio.sleep(0)
+        calls[2].cancel()
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(answer).__name__ for answer in answers] == [
+            "Fenced",
+            "Appended",
+            "CancelledError",
+            "Appended",
+            "Appended",
+        ]
+        assert (await world.log.append(heir, numbered(1, 1))).count == 1
+
+    async def test_scripts_that_the_server_forgot_are_loaded_for_all(self, world: RedisWorld) -> None:
+        leases = await self.held(world, 9)
+        await world.raw.script_flush()
+        answers = await asyncio.gather(*(world.log.append(lease, numbered(1, 2)) for lease in leases[1:]))
+        assert {answer.count for answer in answers} == {2}
+
+    async def test_a_connection_that_was_cut_costs_nothing_but_a_new_one(self, world: RedisWorld) -> None:
+        leases = await self.held(world, 3)
+        (ours,) = [one for one in await world.raw.client_list() if one["name"] == "headwater-appends"]
+        await world.raw.client_kill_filter(_id=ours["id"])
+        answers = await asyncio.gather(*(world.log.append(lease, numbered(1, 2)) for lease in leases[1:]))
+        assert [answer.count for answer in answers] == [2, 2]
+
+    async def test_appends_whose_answers_are_lost_on_the_way_count_once(self, world: RedisWorld) -> None:
+        leases = await self.held(world, 3)
+        server = urlsplit(world.url)
+        assert server.port is not None
+        async with Proxy(("127.0.0.1", server.port)).run() as proxy:
+            log = RedisStreamLog(f"redis://127.0.0.1:{proxy.port}/0", ttl=60, lease_seconds=10)
+            # One byte more than the answer to the sign-in, `+OK`: what is asked is carried out and not answered.
+            proxy.cut_after = 6
+            calls = asyncio.gather(*(log.append(lease, numbered(1, 2)) for lease in leases[1:]))
+            await eventually(lambda: _has(world, leases[1:], 2))
+            proxy.cut_after = None
+            assert [answer.count for answer in await calls] == [2, 2]
+            await log.close()
+        for lease in leases[1:]:
+            assert seqs(await world.events(lease.run_id)) == [1, 2]
+
+    async def test_a_large_append_makes_nobody_wait_and_arrives(self, world: RedisWorld) -> None:
+        leases = await self.held(world, 3)
+        large = texts(1, "x" * 4_000_000)
+        answers = await asyncio.gather(
+            world.log.append(leases[1], large), *(world.log.append(leases[2], numbered(n, n)) for n in range(1, 5))
+        )
+        assert [answer.count for answer in answers] == [1, 1, 2, 3, 4]
+        assert await world.raw.llen(f"stream:{{{leases[1].run_id}}}:chunks") == 1
+
+    async def test_more_than_one_trip_holds_goes_in_several(self, world: RedisWorld) -> None:
+        (first, *leases) = await self.held(world, 12)
+        much = texts(1, "x" * 60_000)
+        answers = await asyncio.gather(*(world.log.append(lease, much) for lease in leases))
+        assert {answer.count for answer in answers} == {1}
+        assert (await world.log.append(first, numbered(2, 2))).count == 2
+
+    async def test_a_server_that_became_a_replica_is_left_for_a_new_connection(self, tmp_path: Path) -> None:
+        with own_redis(tmp_path) as server:
+            world = RedisWorld(server.url())
+            lease = await world.written(new_run(), 1)
+            await world.raw.replicaof("127.0.0.1", 1)
+            with pytest.raises(LogUnavailable, match="READONLY"):
+                await world.log.append(lease, numbered(2, 2))
+            assert "headwater-appends" not in {one["name"] for one in await world.raw.client_list()}
+            await world.raw.replicaof("no", "one")
+            assert (await world.log.append(lease, numbered(2, 2))).count == 2
+            await world.close()
+
+    async def test_who_still_waits_when_the_log_is_closed_is_told(self, tmp_path: Path) -> None:
+        with own_redis(tmp_path) as server:
+            world = RedisWorld(server.url())
+            lease = await world.written(new_run(), 1)
+            with frozen(server):
+                call = asyncio.create_task(world.log.append(lease, numbered(2, 2)))
+                await asyncio.sleep(0)
+                await world.log.close()
+                with pytest.raises(LogUnavailable, match="given back"):
+                    await call
+            await world.close()
+
+
+async def _has(world: RedisWorld, leases: Sequence[Lease], count: int) -> bool:
+    return [await world.raw.llen(f"stream:{{{lease.run_id}}}:chunks") for lease in leases] == [count] * len(leases)
 
 
 async def test_a_unix_socket_and_tls_work_for_the_log_and_its_feed(tmp_path: Path) -> None:

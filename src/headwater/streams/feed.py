@@ -13,16 +13,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import ssl
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, cast
+from collections.abc import Sequence
+from typing import Any, Final
 
 import hiredis
 from redis.asyncio.connection import parse_url
 
 from headwater.events import Event
-from headwater.streams import keys
+from headwater.streams import keys, wire
 from headwater.streams.base import Feed, FeedSink
+from headwater.streams.wire import Connection, Refused
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +38,6 @@ MAX_BACKOFF: Final = 2.0
 CHUNK: Final = 500
 
 
-class FeedRefused(Exception):
-    """Redis refuses the subscriptions: wrong password or missing rights. Mend REDIS_URL."""
-
-
 class RedisFeed(Feed):
     """Follows runs over one connection to the Redis at `url`."""
 
@@ -51,7 +47,7 @@ class RedisFeed(Feed):
         self._dead_after = dead_after
         self._sink: FeedSink | None = None
         self._task: asyncio.Task[None] | None = None
-        self._connection: _Connection | None = None
+        self._connection: Connection | None = None
         #: Channel → run, of all that is followed.
         self._runs: dict[bytes, str] = {}
         #: Runs whose subscription is to be sent or taken back in this turn of the loop, in order.
@@ -91,8 +87,8 @@ class RedisFeed(Feed):
         changed = [keys.channel(run_id).encode() for run_id in self._changed]
         self._changed.clear()
         if self._connection is not None:
-            self._connection.send_chunked(b"SUBSCRIBE", [name for name in changed if name in self._runs])
-            self._connection.send_chunked(b"UNSUBSCRIBE", [name for name in changed if name not in self._runs])
+            _send_chunked(self._connection, b"SUBSCRIBE", [name for name in changed if name in self._runs])
+            _send_chunked(self._connection, b"UNSUBSCRIBE", [name for name in changed if name not in self._runs])
 
     # --- the connection -------------------------------------------------------------------------
 
@@ -101,7 +97,7 @@ class RedisFeed(Feed):
         while True:
             try:
                 connection = await self._connect()
-            except (OSError, TimeoutError, FeedRefused) as error:
+            except (OSError, TimeoutError, Refused) as error:
                 logger.warning("The feed cannot connect: %s: %s", type(error).__name__, error)
             except Exception:
                 # A certificate that cannot be read, say. Whoever mends it should not have to restart us.
@@ -112,30 +108,15 @@ class RedisFeed(Feed):
             await asyncio.sleep(backoff * random.uniform(0.5, 1.5))
             backoff = min(backoff * 2, MAX_BACKOFF)
 
-    async def _connect(self) -> _Connection:
+    async def _connect(self) -> Connection:
         async with asyncio.timeout(CONNECT_TIMEOUT):
-            _, connection = await self._open(lambda: _Connection(self._receive))
-            try:
-                await connection.sign_in(self._where.get("username"), self._where.get("password"))
-            except BaseException:
-                connection.abort()
-                raise
-        return connection
+            return await wire.connect(self._where, b"headwater-feed", self._receive)
 
-    async def _open(self, factory: Callable[[], _Connection]) -> tuple[asyncio.BaseTransport, _Connection]:
-        loop = asyncio.get_running_loop()
-        where = self._where
-        if where.get("path") is not None:
-            return await loop.create_unix_connection(factory, where["path"])
-        host, port = where.get("host", "localhost"), where.get("port", 6379)
-        tls = _tls(where) if "connection_class" in where else None
-        return await loop.create_connection(factory, host, port, ssl=tls)
-
-    async def _serve(self, connection: _Connection) -> None:
+    async def _serve(self, connection: Connection) -> None:
         """Follow all over this connection until it breaks or falls silent."""
         self._connection = connection
         try:
-            connection.send_chunked(b"SUBSCRIBE", list(self._runs))
+            _send_chunked(connection, b"SUBSCRIBE", list(self._runs))
             while not connection.broken.done():
                 await asyncio.wait([connection.broken], timeout=self._ping_after)
                 silence = asyncio.get_running_loop().time() - connection.heard_at
@@ -181,91 +162,6 @@ def parse(payload: bytes) -> tuple[str, Sequence[Event]]:
         return "", ()
 
 
-def _tls(where: Mapping[str, Any]) -> ssl.SSLContext:
-    """The URL's `ssl_*` parameters, as redis-py reads them."""
-    context = ssl.create_default_context(cafile=where.get("ssl_ca_certs"), capath=where.get("ssl_ca_path"))
-    need = str(where.get("ssl_cert_reqs", "required")).lower().removeprefix("cert_")
-    if need == "none" or str(where.get("ssl_check_hostname", "true")).lower() in {"false", "0", "no"}:
-        context.check_hostname = False
-    if need in {"none", "optional"}:
-        context.verify_mode = ssl.CERT_NONE if need == "none" else ssl.CERT_OPTIONAL
-    if where.get("ssl_certfile"):
-        context.load_cert_chain(where["ssl_certfile"], where.get("ssl_keyfile"), where.get("ssl_password"))
-    return context
-
-
-class _Connection(asyncio.Protocol):
-    """Bytes to replies and back."""
-
-    def __init__(self, receive: Callable[[Any], None]) -> None:
-        loop = asyncio.get_running_loop()
-        self._loop = loop
-        self._receive = receive
-        self._reader = hiredis.Reader()
-        self._transport: asyncio.Transport | None = None
-        self._sign_in: asyncio.Future[None] | None = None
-        self._awaited = 0
-        #: Done once the connection is gone.
-        self.broken: asyncio.Future[None] = loop.create_future()
-        #: Loop time of the last byte.
-        self.heard_at = loop.time()
-
-    async def sign_in(self, username: str | None, password: str | None) -> None:
-        """AUTH if need be. Raises FeedRefused, OSError."""
-        commands = [[b"CLIENT", b"SETNAME", b"headwater-feed"]]
-        if password is not None:
-            commands.insert(0, [b"AUTH", *([username.encode()] if username else []), password.encode()])
-        self._awaited = len(commands)
-        self._sign_in = self._loop.create_future()
-        for command in commands:
-            self.send(*command)
-        await self._sign_in
-
-    def send_chunked(self, verb: bytes, names: Sequence[bytes]) -> None:
-        for at in range(0, len(names), CHUNK):
-            self.send(verb, *names[at : at + CHUNK])
-
-    def send(self, *parts: bytes) -> None:
-        if self._transport is not None and not self._transport.is_closing():
-            # hiredis' stub knows tuples of one item only.
-            self._transport.write(hiredis.pack_command(cast("Any", parts)))
-
-    def abort(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
-
-    # --- asyncio.Protocol -----------------------------------------------------------------------
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports are asyncio's by duty, not by descent.
-        self._transport = cast("asyncio.Transport", transport)
-
-    def data_received(self, data: bytes) -> None:
-        self.heard_at = self._loop.time()
-        try:
-            self._reader.feed(data)
-            while (reply := self._reader.gets()) is not False:
-                if self._awaited:
-                    self._signed_in(reply)
-                else:
-                    self._receive(reply)
-        except hiredis.ProtocolError as error:
-            logger.warning("The feed's server does not speak the Redis protocol: %s", error)
-            self.abort()
-
-    def _signed_in(self, reply: Any) -> None:
-        self._awaited -= 1
-        assert self._sign_in is not None
-        if self._sign_in.done():
-            return
-        # The name, asked for last, is a courtesy to whoever reads CLIENT LIST; some servers forbid it.
-        if isinstance(reply, hiredis.ReplyError) and (self._awaited or str(reply).startswith("NOAUTH")):
-            self._sign_in.set_exception(FeedRefused(str(reply)))
-        elif not self._awaited:
-            self._sign_in.set_result(None)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._sign_in is not None and not self._sign_in.done():
-            self._sign_in.set_exception(exc or ConnectionResetError("the server closed the connection"))
-        if not self.broken.done():
-            self.broken.set_result(None)
+def _send_chunked(connection: Connection, verb: bytes, names: Sequence[bytes]) -> None:
+    for at in range(0, len(names), CHUNK):
+        connection.send(verb, *names[at : at + CHUNK])

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+import hiredis
 import orjson
 from redis import Redis as SyncRedis
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -42,6 +43,7 @@ from headwater.streams.base import (
     new_epoch,
 )
 from headwater.streams.feed import RedisFeed
+from headwater.streams.pipe import Pipe
 
 #: Seconds to connect, to wait for one answer, and for a call with all its tries.
 CONNECT_TIMEOUT: Final = 1.5
@@ -50,6 +52,8 @@ CALL_TIMEOUT: Final = 3.0
 #: Tries after a connection that turned out to be broken. A time-out is not tried again: the server is not there.
 RETRIES: Final = 2
 CONNECTIONS: Final = 32
+#: Bytes of an append above which it travels alone, so that nobody waits for it.
+LARGE: Final = 65_536
 
 Command = tuple[Any, ...]
 
@@ -104,6 +108,7 @@ class RedisStreamLog(StreamLog):
         )
         # Any: redis-py leaves `execute_command`, which all here goes through, without types.
         self._redis: Any = Redis.from_pool(pool)
+        self._pipe = Pipe(url, connect=CONNECT_TIMEOUT, answer=ANSWER_TIMEOUT, call=CALL_TIMEOUT)
 
     # --- the writer -----------------------------------------------------------------------------
 
@@ -127,11 +132,20 @@ class RedisStreamLog(StreamLog):
         return Lease(run.id, attempt, holder, epoch.decode(), length, bool(cancelled))
 
     async def append(self, lease: Lease, events: Sequence[Event]) -> Appended:
-        (reply,) = await self._send(self._append_command(lease, events))
+        command = self._append_command(lease, events)
+        packed = hiredis.pack_command(command)
+        if len(packed) > LARGE:
+            (reply,) = await self._send(command)
+        else:
+            reply = await self._pipe.send(packed)
+            if isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT"):
+                # By the way that loads the scripts. An append names its place, so nothing overtakes it.
+                (reply,) = await self._send(command)
+            elif isinstance(reply, Exception):
+                _unavailable(reply)
         return _appended(lease, reply)
 
     def _append_command(self, lease: Lease, events: Sequence[Event]) -> Command:
-        # A command and its answer are kept apart from the sending, so that the appends of many runs can share a trip.
         return self._scripts.append(
             *_keys(lease.run_id),
             keys.channel(lease.run_id),
@@ -259,6 +273,7 @@ class RedisStreamLog(StreamLog):
         await self._send(("PING",))
 
     async def close(self) -> None:
+        await self._pipe.close()
         await self._redis.aclose()
 
     # --- the wire -------------------------------------------------------------------------------
