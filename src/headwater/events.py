@@ -73,14 +73,13 @@ class Event:
 
     def stamped(self, seq: int, at: int) -> Event:
         """The same event with its place and time, encoded once."""
-        event = Event(self.type, self.data, seq, at)
-        return Event(self.type, self.data, seq, at, event.encode())
+        return Event(self.type, self.data, seq, at, _encoded(self.type, self.data, seq, at))
 
     def encode(self) -> bytes:
         """One JSON object without newlines: `seq`, `type`, `at`, then the type's own fields."""
         if self.raw is not None:
             return self.raw
-        return orjson.dumps({"seq": self.seq, "type": self.type.value, "at": self.at, **self.data})
+        return _encoded(self.type, self.data, self.seq, self.at)
 
     @classmethod
     def decode(cls, raw: bytes) -> Self:
@@ -90,6 +89,10 @@ class Event:
             return cls(EventType(data.pop("type")), data, data.pop("seq"), data.pop("at"), bytes(raw))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"not an event: {raw[:80]!r}") from error
+
+
+def _encoded(type_: EventType, data: Mapping[str, Any], seq: int, at: int) -> bytes:
+    return orjson.dumps({"seq": seq, "type": type_.value, "at": at, **data})
 
 
 def content(text: str) -> Event:
