@@ -4,31 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
-import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Final
 
+import psycopg
+
+from benchmarks.load.delay import Delay, delayed
+from benchmarks.parts import Parts
 from benchmarks.report import Report, median, quantile
 from headwater.clock import SystemClock
-from headwater.dev.services import Postgres
 from headwater.ids import new_id
 from headwater.journal import Journal
 from headwater.messages import Message, Role
 from headwater.records import Record
-from headwater.store import Store
-from headwater.store.migrate import upgrade
 from headwater.telemetry import Telemetry
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from chaos.proxy import Proxy  # the delaying proxy is the tests' own
-
 #: Characters of one message.
-SIZE = 2_000
-ROUNDS = 5
-WRITERS = 16
-SECONDS = 2.0
+SIZE: Final = 2_000
+#: What the disk itself is called.
+DISK: Final = "write + fdatasync"
+ROUNDS: Final = 5
+WRITERS: Final = (1, 4, 16)
+SECONDS: Final = 1.0
+#: Milliseconds added to a round trip to PostgreSQL. The last is what the usual way was reported to wait, and is
+#: measured once: it hardly varies.
+DELAYS: Final = (0, 10, 1500)
+#: What the usual way was reported to reach with the last delay, and the journal beside it, in records/s.
+USUAL: Final = 2.67
+REACH: Final = 4_000
+
+Save = Callable[[int], Awaitable[object]]
 
 
 def record() -> Record:
@@ -50,95 +59,121 @@ def raw_disk(folder: Path) -> list[float]:
     return times
 
 
-async def storm(save: Callable[[Record], Awaitable[object]], writers: int, seconds: float) -> list[float]:
-    """Seconds of each save, from `writers` that save one record after the other."""
-    times: list[float] = []
-    end = time.perf_counter() + seconds
+class Results:
+    """Records/s and seconds of each save, by what was measured, one entry per round."""
 
-    async def writer() -> None:
-        while (begun := time.perf_counter()) < end:
-            await save(record())
-            times.append(time.perf_counter() - begun)
+    def __init__(self) -> None:
+        self.rates: dict[str, list[float]] = defaultdict(list)
+        self.p50s: dict[str, list[float]] = defaultdict(list)
+        self.p99s: dict[str, list[float]] = defaultdict(list)
 
-    await asyncio.gather(*(writer() for _ in range(writers)))
-    return times
+    def add(self, what: str, times: Sequence[float], seconds: float) -> None:
+        self.rates[what].append(len(times) / seconds)
+        self.p50s[what].append(quantile(times, 0.5))
+        self.p99s[what].append(quantile(times, 0.99))
+
+    async def storm(self, what: str, save: Save, writers: int, seconds: float) -> None:
+        """So many writers, each saving one record after the other; each finishes the one it began."""
+        times: list[float] = []
+        start = time.perf_counter()
+
+        async def writer(number: int) -> None:
+            while (begun := time.perf_counter()) < start + seconds:
+                await save(number)
+                times.append(time.perf_counter() - begun)
+
+        await asyncio.gather(*(writer(number) for number in range(writers)))
+        self.add(what, times, time.perf_counter() - start)
 
 
 async def run(quick: bool = False) -> Report:
     report = Report(
         "journal",
-        "A record of 2 KB made durable (`synchronous=FULL`, group commit), beside the disk's own write + fdatasync; "
-        "then the same messages saved straight into PostgreSQL with a delay in the network, four at a time.",
+        "A record of 2 KB made durable: by the journal (`synchronous=FULL`, group commit), by the disk's own write + "
+        "fdatasync, and by one INSERT straight into PostgreSQL, its own transaction, with a delay added to the "
+        "network's round trip. A writer waits for each of its records.",
     )
-    with tempfile.TemporaryDirectory(prefix="headwater-bench-") as name:
-        folder = Path(name)
-        await _durable(report, folder, 1 if quick else ROUNDS)
-        await _against_postgres(report, folder, (0, 10) if quick else (0, 10, 1500))
+    results = Results()
+    with Parts() as parts:
+        database = parts.postgres()
+        socket = str(Path(database.url().split("host=")[1]) / ".s.PGSQL.5432")
+        journal = Journal(parts.folder / "journal.db", clock=SystemClock(), telemetry=Telemetry())
+        await journal.open()
+        try:
+            async with delayed(socket) as delay, _connections(delay.port) as save:
+                for number in range(1 if quick else ROUNDS):
+                    await _round(results, parts.folder, journal)
+                    await _direct(results, save, delay, DELAYS[:2] if quick or number else DELAYS)
+        finally:
+            await journal.close()
+    _conclude(report, results, quick)
     return report
 
 
-async def _durable(report: Report, folder: Path, repeats: int) -> None:
-    journal = Journal(folder / "journal.db", clock=SystemClock(), telemetry=Telemetry())
-    await journal.open()
-    ones, many, disks = [], [], []
-    try:
-        for _ in range(repeats):
-            disks.append(raw_disk(folder))
-            ones.append(await storm(lambda one: journal.append([one]), 1, 1.0))
-            many.append(await storm(lambda one: journal.append([one]), WRITERS, SECONDS))
-    finally:
-        await journal.close()
-    disk = median([quantile(times, 0.5) for times in disks])
-    for what, rounds, seconds in (("1 writer", ones, 1.0), (f"{WRITERS} writers", many, SECONDS)):
-        report.rows.append(
-            {
-                "what": f"journal, {what}",
-                "records/s": median([len(times) / seconds for times in rounds]),
-                "p50 ms": median([quantile(times, 0.5) for times in rounds]) * 1000,
-                "p99 ms": median([quantile(times, 0.99) for times in rounds]) * 1000,
-                "p50 / disk": median([quantile(times, 0.5) for times in rounds]) / disk,
-            }
-        )
-    report.rows.append({"what": "write + fdatasync", "records/s": 1 / disk, "p50 ms": disk * 1000, "p50 / disk": 1.0})
-    p50 = median([quantile(times, 0.5) for times in ones]) * 1000
-    rate = median([len(times) / SECONDS for times in many])
+async def _round(results: Results, folder: Path, journal: Journal) -> None:
+    disk = raw_disk(folder)
+    results.add(DISK, disk, sum(disk))
+    for writers in WRITERS:
+        await results.storm(_journal(writers), lambda _: journal.append([record()]), writers, SECONDS)
+
+
+async def _direct(results: Results, save: Save, delay: Delay, delays: Sequence[int]) -> None:
+    for added in delays:
+        delay.seconds = added / 2000
+        for writers in WRITERS[1:]:
+            await results.storm(_postgres(added, writers), save, writers, SECONDS if added < 1000 else 3 * added / 1000)
+    delay.seconds = 0.0
+
+
+@asynccontextmanager
+async def _connections(port: int) -> AsyncIterator[Save]:
+    """Saves one message over the writer's own connection, which is there already, as a service's is."""
+    url = f"postgresql://postgres@127.0.0.1:{port}/headwater"
+    async with AsyncExitStack() as stack:
+        connections = [
+            await stack.enter_async_context(await psycopg.AsyncConnection.connect(url, autocommit=True))
+            for _ in range(WRITERS[-1])
+        ]
+        await connections[0].execute("CREATE TABLE saved (id text PRIMARY KEY, content text NOT NULL)")
+
+        async def save(writer: int) -> None:
+            await connections[writer].execute(
+                "INSERT INTO saved VALUES (%s, %s) ON CONFLICT DO NOTHING", (new_id(), "x" * SIZE), prepare=True
+            )
+
+        for writer in range(len(connections)):
+            await save(writer)
+        yield save
+
+
+def _journal(writers: int) -> str:
+    return f"journal, {writers} writer{'s' * (writers > 1)}"
+
+
+def _postgres(added: int, writers: int) -> str:
+    return f"PostgreSQL, {added} ms added, {writers} writers"
+
+
+def _conclude(report: Report, results: Results, quick: bool) -> None:
+    rates = {what: median(values) for what, values in results.rates.items()}
+    for what, rate in rates.items():
+        p50, p99 = median(results.p50s[what]) * 1000, median(results.p99s[what]) * 1000
+        disk = p50 / median(results.p50s[DISK]) / 1000
+        report.rows.append({"what": what, "records/s": rate, "p50 ms": p50, "p99 ms": p99, "p50 / disk": disk})
+    for added in DELAYS[: 2 if quick else 3]:
+        for writers in WRITERS[1:]:
+            ratio = _ratio(results, _journal(writers), _postgres(added, writers))
+            row = {"added ms": added, "writers": writers, "journal / PostgreSQL, records/s": ratio}
+            report.tables.setdefault("Accepted records, median of the rounds' ratios", []).append(row)
+    p50 = median(results.p50s[_journal(1)]) * 1000
     report.goal("commit of a 2 KB record, p50 ms", p50, "< 1", p50 < 1)
-    report.goal(f"records/s with {WRITERS} writers", rate, ">= 4000", rate >= 4000)
+    rate = rates[_journal(16)]
+    report.goal("journal, records/s with 16 writers", rate, f">= {REACH:,}", rate >= REACH)
+    if not quick:
+        ratio = _ratio(results, _journal(4), _postgres(DELAYS[-1], 4))
+        reach = REACH / USUAL
+        report.goal(f"journal / PostgreSQL {DELAYS[-1]} ms away, 4 writers", ratio, f">= {reach:,.0f}", ratio >= reach)
 
 
-async def _against_postgres(report: Report, folder: Path, delays: Sequence[int]) -> None:
-    server = Postgres(folder / "postgres")
-    server.start()
-    try:
-        server.create_database()
-        upgrade(server.url())
-        socket = str(Path(server.url().split("host=")[1]) / ".s.PGSQL.5432")
-        direct = {}
-        for delay in delays:
-            async with Proxy(socket).run() as proxy:
-                direct[delay] = await _direct(proxy, delay / 1000, 3.0 if delay < 1000 else 10.0)
-            report.rows.append({"what": f"PostgreSQL, {delay} ms added, 4 writers", "records/s": direct[delay]})
-    finally:
-        server.stop()
-    journal = next(row for row in report.rows if row["what"] == f"journal, {WRITERS} writers")["records/s"]
-    slow, near = journal / max(direct[delays[-1]], 1e-9), journal / direct[0]
-    report.notes.append(
-        f"Accepting into the journal is {slow:,.0f} times as fast as waiting for a PostgreSQL that is "
-        f"{delays[-1]} ms away, and {near:,.1f} times as fast as one that is next door."
-    )
-
-
-async def _direct(proxy: Proxy, delay: float, seconds: float) -> float:
-    """Records per second that reach PostgreSQL when each save waits for it, `delay` seconds of round trip away."""
-    url = f"postgresql://postgres@127.0.0.1:{proxy.port}/headwater"
-    store = Store(url, pool_size=4, wait=60.0)
-    try:
-        # The connections are made first: a service has them already.
-        await asyncio.gather(*(store.apply([record()]) for _ in range(4)))
-        proxy.delay = delay / 2
-        begun = time.perf_counter()
-        times = await storm(lambda one: store.apply([one]), 4, seconds)
-        return len(times) / (time.perf_counter() - begun)
-    finally:
-        proxy.delay = 0
-        await store.close()
+def _ratio(results: Results, one: str, other: str) -> float:
+    return median([mine / theirs for mine, theirs in zip(results.rates[one], results.rates[other], strict=False)])
