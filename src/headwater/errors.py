@@ -13,6 +13,7 @@
     │   ├── KeyReused            422
     │   ├── TooLarge             413
     │   └── TooMany              429
+    │       └── ChatQueueFull    429
     ├── Unavailable              a part is away; trying again later helps
     │   ├── StoreUnavailable     503  PostgreSQL
     │   ├── LogUnavailable       503  Redis
@@ -151,6 +152,19 @@ class TooMany(RequestError):
     status = 429
     title = "Too many at once"
     retryable = True
+
+
+class ChatQueueFull(TooMany):
+    """So many messages wait in the chat that no more are taken. Wait for an answer or stop one, then send again."""
+
+    code = "chat_queue_full"
+    title = "Too many messages wait in this chat"
+
+    def __init__(self, task_id: str, limit: int) -> None:
+        super().__init__(
+            f"{limit} messages wait in this chat already. Wait for an answer or stop one, then send again.",
+            task_id=task_id,
+        )
 
 
 # --- a part is away -----------------------------------------------------------------------------

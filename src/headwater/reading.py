@@ -178,22 +178,22 @@ class Reading:
         return live(run, meta)
 
     async def active_task(self, caller: Caller, chat_id: str) -> Run | None:
-        """The run that answers in a chat now. NotFound when the chat is not the caller's."""
+        """The run that answers in a chat now; others may wait behind it. NotFound when the chat is not the caller's."""
         _check_id(chat_id)
         ahead = await self._overlay.facts(chat_id=chat_id)
         try:
             # Whoever owns the chat owns its runs; the chat itself may be on its way still.
             if chat_id not in ahead.chats:
                 await self._store.chats.get(caller.owner_id, chat_id)
-            row = await self._store.runs.active(chat_id)
+            rows = await self._store.runs.active_in(chat_id)
         except StoreUnavailable:
-            ahead, row = await self._overlay.kept(chat_id), None
+            ahead, rows = await self._overlay.kept(chat_id), []
             if chat_id not in ahead.chats:
                 raise
         if chat_id in ahead.chats:
             may(caller, ahead.chats[chat_id].owner_id)
-        active = await self._unended([row] if row else [], ahead)
-        return active[-1] if active else None
+        active = await self._unended(rows, ahead)
+        return active[0] if active else None
 
     async def active_tasks(self, caller: Caller) -> list[Run]:
         """Every run of the caller that is queued or running, oldest first."""

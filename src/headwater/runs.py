@@ -36,6 +36,16 @@ class RunState(StrEnum):
         return self in _TERMINAL
 
 
+class Priority(StrEnum):
+    """Which of the runs that wait goes first. The order here is the order of going."""
+
+    #: Before everything else that waits.
+    URGENT = "urgent"
+    NORMAL = "normal"
+    #: When nothing else waits.
+    BACKGROUND = "background"
+
+
 _TERMINAL: Final = frozenset({RunState.DONE, RunState.FAILED, RunState.CANCELLED})
 _RANK: Final = {RunState.QUEUED: 0, RunState.RUNNING: 1}
 
@@ -71,6 +81,9 @@ class Run:
     #: The caller's Idempotency-Key and the fingerprint of the body it came with.
     idempotency_key: str | None = None
     fingerprint: str | None = None
+    priority: Priority = Priority.NORMAL
+    #: Runs that must have ended before this one begins: what its chat was answering when it was accepted.
+    waits_for: tuple[str, ...] = ()
 
     @property
     def version(self) -> int:
@@ -115,13 +128,15 @@ class Run:
 
     def to_json(self) -> dict[str, Any]:
         """Every field as JSON values. `from_json` reads it back."""
-        return asdict(self)
+        return {**asdict(self), "waits_for": list(self.waits_for)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Run:
         """Read what `to_json` wrote; unknown members are ignored, so that versions can meet."""
         known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
-        return cls(**{**known, "state": RunState(known["state"])})
+        priority = Priority(known.get("priority", Priority.NORMAL))
+        waits_for = tuple(known.get("waits_for", ()))
+        return cls(**{**known, "state": RunState(known["state"]), "priority": priority, "waits_for": waits_for})
 
 
 @dataclass(frozen=True, slots=True)

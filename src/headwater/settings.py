@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
@@ -15,6 +16,17 @@ from headwater.errors import SettingsError
 
 #: `memory` is for tests and demonstrations in one process.
 _REDIS_SCHEMES: Final = frozenset({"redis", "rediss", "unix", "memory"})
+
+
+class WhenBusy(StrEnum):
+    """What becomes of a message that arrives while its chat is answering."""
+
+    #: It is refused with `chat_busy`.
+    REJECT = "reject"
+    #: It is answered after what came before it.
+    ENQUEUE = "enqueue"
+    #: What came before it is stopped; then it is answered.
+    INTERRUPT = "interrupt"
 
 
 def _default_data_dir() -> Path:
@@ -136,6 +148,12 @@ class Settings(BaseSettings):
     max_message: int = Field(32_000, alias="HEADWATER_MAX_MESSAGE", gt=0, description="Longest message, in characters.")
     max_history: int = Field(
         200_000, alias="HEADWATER_MAX_HISTORY", gt=0, description="Characters of earlier messages the model is given."
+    )
+    when_busy: WhenBusy = Field(
+        WhenBusy.REJECT,
+        alias="HEADWATER_WHEN_BUSY",
+        description="What becomes of a message that arrives while its chat is answering: `reject` (409), `enqueue` "
+        "(answered afterwards) or `interrupt` (the answer is stopped first). A request may choose by `when_busy`.",
     )
     max_streams: int = Field(
         200, alias="HEADWATER_MAX_STREAMS", gt=0, description="Open streams per owner and server process."

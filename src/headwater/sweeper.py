@@ -122,6 +122,9 @@ class Sweeper(Service):
         key = (due.run_id, due.meta.attempt if due.meta is not None else 0)
         if key in self._rung:
             return 0
+        if due.run.waits_for and not await self._its_turn(due.run):
+            await self._log.open(due.run, self._grace)
+            return 0
         self._rung[key] = now
         # A further grace, so that another process's sweeper does not ring as well. A run that no worker has had
         # yet most likely stands in a long queue still: it is rung for at 15, 30, 60 … seconds of age, because
@@ -132,6 +135,10 @@ class Sweeper(Service):
         self._acted("enqueued")
         logger.info("Run %s is held by nobody and enqueued again, attempt %d so far", *key)
         return 1
+
+    async def _its_turn(self, run: Run) -> bool:
+        """Whether the log knows of nothing that the run still waits for: else its bell would only be for nothing."""
+        return not any(meta and not meta.status.terminal for meta in await self._log.metas(run.waits_for))
 
     # --- what the rows say ----------------------------------------------------------------------
 

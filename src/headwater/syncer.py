@@ -50,18 +50,24 @@ class Syncer(Service):
         self._waiting: dict[asyncio.Future[None], int] = {}
 
     async def save(
-        self, records: Sequence[Record], *, wait: float = 1.0, key: Key | None = None, alone: Alone | None = None
+        self,
+        records: Sequence[Record],
+        *,
+        wait: float = 1.0,
+        key: Key | None = None,
+        alone: Alone | None = None,
+        cancels: Sequence[str] = (),
     ) -> Key | None:
         """Make records durable, then wait at most `wait` seconds until PostgreSQL has them.
 
-        With `wait` 0, or while PostgreSQL is away, it does not wait at all. Returns the earlier Key
-        if `key` was used before; then nothing was saved. Raises JournalUnavailable and
-        RecordRefused, and ChatBusy when a run has begun since `alone` was looked at; never
-        StoreUnavailable, for what is in the journal will arrive.
+        The wish to cancel the runs `cancels` becomes durable in the same step. With `wait` 0, or while
+        PostgreSQL is away, it does not wait at all. Returns the earlier Key if `key` was used before;
+        then nothing was saved. Raises JournalUnavailable and RecordRefused, and ChatBusy when a run has
+        begun since `alone` was looked at; never StoreUnavailable, for what is in the journal will arrive.
 
         Inside a turn of the same chat, call it with `wait` 0: the turn's lock holds off the syncer.
         """
-        added = await self._journal.add(records, key, alone)
+        added = await self._journal.add(records, key, alone, cancels)
         if not added.positions:
             return added.earlier
         self._telemetry.step("save.journalled")

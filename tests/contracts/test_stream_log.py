@@ -625,3 +625,30 @@ class TestReading:
 
     async def test_it_answers_a_ping(self, log: StreamLog) -> None:
         await log.ping()
+
+
+class TestParked:
+    async def test_whoever_waits_for_a_run_is_known_by_it(self, log: StreamLog) -> None:
+        first, other, waiting = new_run(), new_run(), new_run()
+        for run in (first, other):
+            await log.open(run, 10)
+        await log.park(waiting, [first.id, other.id], 10)
+        await log.park(waiting, [first.id], 10)
+        assert await log.parked(first.id) == [waiting]
+        assert await log.parked(other.id) == [waiting]
+        assert await log.parked(waiting.id) == []
+
+    async def test_they_are_known_after_its_end_and_forgotten_with_it(self, log: StreamLog) -> None:
+        first, waiting = new_run(), new_run()
+        lease = await log.claim(first, "worker")
+        await log.park(waiting, [first.id], 10)
+        await log.append(lease, [end(1)])
+        assert await log.parked(first.id) == [waiting]
+        await log.forget(first.id)
+        assert await log.parked(first.id) == []
+
+    async def test_a_parked_run_is_due_after_its_grace(self, world: World) -> None:
+        first, waiting = new_run(), new_run()
+        await world.log.open(first, 10)
+        await world.log.park(waiting, [first.id], 0)
+        assert [due.run for due in await world.log.due(10)] == [waiting]

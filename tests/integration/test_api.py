@@ -146,6 +146,44 @@ async def test_a_chat_that_is_answering_refuses_a_second_message_and_names_the_r
     assert rows(database_url) == before
 
 
+async def test_a_message_may_wait_behind_the_answer_or_stop_it(api: Api) -> None:
+    chat_id = await api.chat()
+    path = f"/api/chats/{chat_id}/messages"
+    accepted = await api.ask(chat_id)
+    queued = await api.http.post(path, json={"content": "And?", "when_busy": "enqueue"})
+    assert (queued.status_code, queued.json()["status"]) == (202, "processing")
+    assert (await api.http.get(f"/api/task/{queued.json()['task_id']}")).json()["status"] == "queued"
+    for url in (f"/api/chats/{chat_id}/active-task", f"/api/chats/{chat_id}", "/api/chats"):
+        assert accepted["task_id"] in (await api.http.get(url)).text, "it is the first that answers"
+        assert queued.json()["task_id"] not in (await api.http.get(url)).json().values()
+    instead = await api.http.post(path, json={"content": "No!", "when_busy": "interrupt"})
+    assert instead.status_code == 202
+
+    async def stopped() -> bool:
+        active = (await api.http.get(f"/api/chats/{chat_id}/active-task")).json()
+        return bool(active == {"task_id": instead.json()["task_id"]})
+
+    await eventually(stopped)
+
+
+async def test_no_more_than_ten_messages_wait_in_a_chat(api: Api) -> None:
+    chat_id = await api.chat()
+    path = f"/api/chats/{chat_id}/messages"
+    accepted = await api.ask(chat_id)
+    for _ in range(10):
+        assert (await api.http.post(path, json={"content": "And?", "when_busy": "enqueue"})).status_code == 202
+    refused = await api.http.post(path, json={"content": "And?", "when_busy": "enqueue"})
+    assert problem(refused, 429, "chat_queue_full")["task_id"] == accepted["task_id"]
+
+
+@pytest.mark.parametrize("when_busy", ["", "later", "REJECT", 1, ["enqueue"]])
+async def test_an_unknown_wish_for_a_busy_chat_is_refused(api: Api, when_busy: object) -> None:
+    refused = await api.http.post(
+        f"/api/chats/{await api.chat()}/messages", json={"content": "x", "when_busy": when_busy}
+    )
+    problem(refused, 422, "invalid_input")
+
+
 async def test_the_same_key_gives_the_same_run_and_another_body_is_refused(api: Api, database_url: str) -> None:
     chat_id = await api.chat()
     headers = {"Idempotency-Key": new_id()}

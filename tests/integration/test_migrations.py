@@ -71,7 +71,7 @@ def test_from_nothing_to_head_is_what_the_tables_declare(empty_url: str) -> None
         assert set(inspect(connection).get_table_names()) == TABLES | {migrate.VERSION_TABLE}
 
     migrated = shape(empty_url)
-    assert [len(part) for part in migrated.values()] == [7 + 14 + 18, len(migrated["constraints"]), 3 + 6]
+    assert [len(part) for part in migrated.values()] == [7 + 14 + 20, len(migrated["constraints"]), 3 + 6]
     migrate.downgrade(empty_url)
     with engine.begin() as connection:
         metadata.create_all(connection)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -17,7 +17,7 @@ from headwater.errors import BadCursor, NotFound, RecordRefused, StoreUnavailabl
 from headwater.ids import new_id
 from headwater.messages import Chat, Message, MessageStatus, Role
 from headwater.records import Record
-from headwater.runs import Run, RunState
+from headwater.runs import Priority, Run, RunState
 from headwater.store import Store
 from support.own_postgres import OwnPostgres
 from support.wait import eventually
@@ -163,7 +163,7 @@ async def test_records_may_come_before_their_chat(store: Store) -> None:
     await put(store, run, message)
     await put(store, chat)
     assert await store.chats.messages("local", chat.id) == [message]
-    assert await store.runs.active(chat.id) == run
+    assert await store.runs.active_in(chat.id) == [run]
 
 
 async def test_a_message_makes_its_chat_recent_without_touching_its_version(store: Store) -> None:
@@ -277,7 +277,7 @@ async def test_ids_that_are_none_find_nothing(store: Store) -> None:
     assert await store.chats.message("no id") is None
     assert await store.chats.messages("local", "no id") == []
     assert await store.runs.get("no id") is None
-    assert await store.runs.active("no id") is None
+    assert await store.runs.active_in("no id") == []
     for call in (store.chats.rename("local", "x", "t", AT), store.chats.delete("local", "x", AT)):
         with pytest.raises(NotFound):
             await call
@@ -379,7 +379,7 @@ async def test_a_deleted_chat_is_gone_and_late_records_stay_out(store: Store, da
     assert await store.chats.message(message.id) is None
     assert await store.chats.message(late.id) is None
     assert await store.runs.get(run.id) is None
-    assert await store.runs.active(chat.id) is None
+    assert await store.runs.active_in(chat.id) == []
     listed, _ = await store.chats.list("local", after=None, limit=10)
     assert [one.id for one in listed] == [other.id]
     assert len(await store.chats.messages("local", other.id)) == 2
@@ -403,14 +403,15 @@ async def test_a_deletion_and_late_records_at_the_same_time_leave_no_orphans(sto
 # --- runs ---------------------------------------------------------------------------------------
 
 
-async def test_the_active_run_of_a_chat_is_the_one_that_has_not_ended(store: Store) -> None:
+async def test_the_active_runs_of_a_chat_are_those_that_have_not_ended_oldest_first(store: Store) -> None:
     chat = a_chat()
     ended = a_run(chat).started(1, AT).ended(RunState.DONE, AT)
     await put(store, chat, ended)
-    assert await store.runs.active(chat.id) is None
+    assert await store.runs.active_in(chat.id) == []
     running = a_run(chat, at=AT + 1).started(1, AT + 2)
-    await put(store, running)
-    assert await store.runs.active(chat.id) == running
+    queued = replace(a_run(chat, at=AT + 2), waits_for=(ended.id, running.id), priority=Priority.BACKGROUND)
+    await put(store, queued, running)
+    assert await store.runs.active_in(chat.id) == [running, queued]
 
 
 async def test_the_active_runs_of_an_owner_are_of_all_chats_and_jobs(store: Store) -> None:
@@ -455,13 +456,13 @@ async def test_a_turn_sees_the_chat_and_commits_at_its_end(store: Store) -> None
     await put(store, chat, first)
     async with store.turn("local", chat.id) as turn:
         assert turn.chat == chat
-        assert turn.active is None
+        assert turn.active == []
         assert await turn.messages() == [first]
         await turn.apply([Record.of(second), Record.of(run)])
         assert await turn.messages() == [first, second]
         assert await store.chats.messages("local", chat.id) == [first]
     assert await store.chats.messages("local", chat.id) == [first, second]
-    assert await store.runs.active(chat.id) == run
+    assert await store.runs.active_in(chat.id) == [run]
 
 
 async def test_a_turn_that_fails_leaves_nothing(store: Store) -> None:
@@ -504,7 +505,7 @@ async def test_a_second_turn_waits_and_then_sees_what_the_first_did(database_url
     run = a_run(chat)
     await put(one, chat)
 
-    async def second() -> Run | None:
+    async def second() -> Sequence[Run]:
         async with two.turn("local", chat.id) as turn:
             return turn.active
 
@@ -514,7 +515,7 @@ async def test_a_second_turn_waits_and_then_sees_what_the_first_did(database_url
             await eventually(lambda: blocked(database_url))
             assert not waiting.done()
             await turn.apply([Record.of(run)])
-        assert await waiting == run
+        assert await waiting == [run]
     finally:
         await one.close()
         await two.close()
@@ -534,7 +535,7 @@ async def test_of_many_turns_at_once_only_one_finds_the_chat_free(store: Store) 
 
     async def ask() -> bool:
         async with store.turn("local", chat.id) as turn:
-            if turn.active is not None:
+            if turn.active:
                 return False
             await turn.apply([Record.of(a_run(chat))])
             return True

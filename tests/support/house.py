@@ -119,8 +119,20 @@ async def make_house(
     asked: list[ChatRequest] = []
     gate = asyncio.Event()
     pipelines = {"chat": ChatPipeline(ScriptedProvider(script(asked, gate)), settings)}
-    runner = Runner(log, pipelines, syncer.save, clock=clock, telemetry=telemetry, settings=settings)
+    overlay = Overlay(store, journal)
+    replay = Replay(overlay.run, overlay.message)
     queue: list[Run] = []
+    runner = Runner(
+        log,
+        pipelines,
+        syncer.save,
+        clock=clock,
+        telemetry=telemetry,
+        settings=settings,
+        known=overlay.run,
+        requeue=queue.append,
+        history=replay.page,
+    )
     intake = Intake(
         store=store,
         journal=journal,
@@ -134,7 +146,6 @@ async def make_house(
         settings=settings,
         away=lambda: syncer.away,
     )
-    overlay = Overlay(store, journal)
     house = House(
         settings,
         telemetry,
@@ -146,7 +157,7 @@ async def make_house(
         intake,
         Reading(store, journal, front),
         overlay,
-        Replay(overlay.run, overlay.message),
+        replay,
         queue,
         gate,
         asked,

@@ -13,13 +13,14 @@ from headwater.ids import new_id
 from headwater.intake.parts import Parts
 from headwater.intake.plans import Ask, Planner
 from headwater.messages import Chat, Message, Role
+from headwater.settings import WhenBusy
 
 
 async def test_an_answer_whose_question_is_not_at_hand_cannot_be_made_again_now() -> None:
     chat = Chat(new_id(), LOCAL_OWNER, 1, 1)
     # Its question stands in another host's journal.
     answer = Message(new_id(), chat.id, LOCAL_OWNER, Role.ASSISTANT, "Hello", 2, parent_id=new_id())
-    ask = Ask(Caller(LOCAL_OWNER), chat.id, None, answer.id, None, "")
+    ask = Ask(Caller(LOCAL_OWNER), chat.id, None, answer.id, None, "", WhenBusy.REJECT)
 
     class OnlyAClock:
         clock = FrozenClock()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headwater.runs import Run, RunState
+from headwater.runs import Priority, Run, RunState
 
 QUEUED = Run("id", "chat", "local", {"prompt": "hello"}, 1_000)
 ENDS = (RunState.DONE, RunState.FAILED, RunState.CANCELLED)
@@ -100,10 +100,18 @@ def test_a_run_survives_its_json_form() -> None:
         message_id="message",
         idempotency_key="key",
         fingerprint="print",
+        priority=Priority.URGENT,
+        waits_for=("one", "two"),
     )
     back = Run.from_json(orjson.loads(orjson.dumps(run.to_json())))
     assert back == run
     assert isinstance(back.state, RunState)
+
+
+def test_a_run_of_an_earlier_version_is_read_without_its_later_members() -> None:
+    data = QUEUED.to_json()
+    del data["priority"], data["waits_for"]
+    assert Run.from_json(data) == QUEUED
 
 
 def test_members_of_a_later_version_are_ignored() -> None:

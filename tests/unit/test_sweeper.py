@@ -248,3 +248,20 @@ async def test_a_run_that_waits_in_a_long_queue_is_rung_for_more_and_more_rarely
         yard.clock.advance(2)
         await yard.sweeper.sweep(rows=False)
     assert 4 <= len(yard.enqueued) <= 7
+
+
+async def test_a_run_that_waits_for_another_is_rung_for_only_after_that_ones_end() -> None:
+    yard = Yard()
+    first = new_run()
+    waiting = new_run(waits_for=(first.id,))
+    lease = await yard.log.claim(first, "w")
+    await yard.log.park(waiting, [first.id], GRACE)
+    for _ in range(3):
+        yard.clock.advance(GRACE - 6)
+        await yard.log.renew([lease])
+        await yard.sweeper.sweep()
+    assert yard.enqueued == []
+    await yard.log.append(lease, [done().stamped(1, 1)])
+    yard.clock.advance(GRACE)
+    await yard.sweeper.sweep()
+    assert yard.enqueued == [waiting.id]

@@ -23,7 +23,9 @@ async def list_chats(
 ) -> ChatList:
     """The caller's chats, the latest first."""
     page = await graph.reading.list_chats(caller, after=after or None, limit=limit, query=q or None)
-    active = {run.chat_id: run.id for run in await graph.reading.active_tasks(caller)} if page.items else {}
+    runs = await graph.reading.active_tasks(caller) if page.items else []
+    # Of several in a chat the oldest answers and the others wait for it.
+    active = {run.chat_id: run.id for run in reversed(runs)}
     items = [ChatSummary.of(chat, active.get(chat.id)) for chat in page.items]
     return ChatList(items=items, next=page.next, degraded=page.degraded)
 

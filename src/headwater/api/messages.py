@@ -15,10 +15,10 @@ router = APIRouter(tags=["messages"])
 @router.post(
     "/conversations/{chat_id}/messages",
     status_code=202,
-    responses=problems(404, 409, 503, 507, body=True),
+    responses=problems(404, 409, 429, 503, 507, body=True),
     operation_id="send_message_short",
 )
-@router.post("/api/chats/{chat_id}/messages", status_code=202, responses=problems(404, 409, 503, 507, body=True))
+@router.post("/api/chats/{chat_id}/messages", status_code=202, responses=problems(404, 409, 429, 503, 507, body=True))
 async def send_message(
     graph: Parts,
     caller: Who,
@@ -29,14 +29,16 @@ async def send_message(
 ) -> AcceptedOut:
     """Say something. 202: the message is on disk and its answer is under way at `Location`."""
     parent_id = body.parent_id if "parent_id" in body.model_fields_set else UNSET
-    accepted = await graph.intake.send(caller, chat_id, body.content, parent_id=parent_id, key=idempotency_key)
+    accepted = await graph.intake.send(
+        caller, chat_id, body.content, parent_id=parent_id, key=idempotency_key, when_busy=body.when_busy
+    )
     return _answer(accepted, response)
 
 
 @router.post(
     "/api/chats/{chat_id}/messages/{message_id}/regenerate",
     status_code=202,
-    responses=problems(404, 409, 422, 503, 507),
+    responses=problems(404, 409, 422, 429, 503, 507),
 )
 async def regenerate(
     graph: Parts,

@@ -12,6 +12,7 @@ from headwater.clock import to_datetime
 from headwater.ids import ID_PATTERN
 from headwater.messages import Chat, Message, MessageStatus, Role, flaw_of
 from headwater.runs import Run, RunState
+from headwater.settings import WhenBusy
 
 #: Characters of a title that a person may set.
 MAX_TITLE = 200
@@ -176,6 +177,11 @@ class NewMessage(Request):
         None,
         description="The message it follows. Left out: the chat's newest. Null: the first of a branch at the root. "
         "Editing a message is sending another with the same parent.",
+    )
+    when_busy: WhenBusy | None = Field(
+        None,
+        description="Should the chat be answering: `reject` this message (409), `enqueue` it behind what is answered, "
+        "or `interrupt` and stop that first. Left out or null: as HEADWATER_WHEN_BUSY says.",
     )
 
 

@@ -28,7 +28,7 @@ from headwater.messages import Chat
 from headwater.overlay import Overlay
 from headwater.pipelines.base import Pipeline
 from headwater.queue import Enqueue
-from headwater.settings import Settings
+from headwater.settings import Settings, WhenBusy
 from headwater.store import Store
 from headwater.streams.base import StreamLog
 from headwater.telemetry import Telemetry
@@ -62,9 +62,9 @@ class Intake:
         overlay = Overlay(store, journal)
         parts = Parts(store, journal, overlay, save, log, enqueue, settle, pipelines, clock, telemetry, settings, away)
         locks = Locks()
-        self._turns = Turns(parts, locks)
         #: To be started beside it: keeps the cancels that were promised.
         self.stops = Stops(parts)
+        self._turns = Turns(parts, locks, self.stops)
         self._chats = ChatVerbs(parts, locks, self.stops)
 
     async def create_chat(self, caller: Caller, *, title: str | None = None, key: str | None = None) -> Chat:
@@ -90,17 +90,18 @@ class Intake:
         *,
         parent_id: str | Unset | None = UNSET,
         key: str | None = None,
+        when_busy: WhenBusy | None = None,
     ) -> Accepted:
         """Take a message and begin its answer.
 
         `parent_id` UNSET goes on after the chat's newest message, None begins a new branch at the
         root; editing a message is sending another with its parent. The same `key` with the same
-        message is answered as the first time and does nothing.
+        message is answered as the first time and does nothing. `when_busy` None takes the setting's.
 
-        Raises InvalidInput, NotFound, ChatBusy, KeyReused, StoreUnavailable, JournalUnavailable;
-        then nothing was written.
+        Raises InvalidInput, NotFound, ChatBusy, ChatQueueFull, KeyReused, StoreUnavailable,
+        JournalUnavailable; then nothing was written.
         """
-        return await self._turns.send(caller, chat_id, content, parent_id=parent_id, key=key)
+        return await self._turns.send(caller, chat_id, content, parent_id=parent_id, key=key, when_busy=when_busy)
 
     async def regenerate(self, caller: Caller, chat_id: str, message_id: str, *, key: str | None = None) -> Accepted:
         """Make an answer again, beside the one there is; also a failed one. Raises what `send` raises."""

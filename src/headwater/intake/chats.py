@@ -72,16 +72,15 @@ class ChatVerbs:
         await self._forget_logs([message.run_id for message in said if message.run_id is not None])
 
     async def _stop(self, caller: Caller, chat_id: str) -> None:
-        run = await self._parts.store.runs.active(chat_id)
-        if run is None:
-            return
-        try:
-            stopped = await self._stops.cancel(caller, run.id)
-            if not stopped.ended and not await self._stops.confirmed(run.id, CONFIRM_WAIT):
-                # It stops at its next word, and what it still writes meets the chat's tombstone.
-                logger.warning("run %s did not confirm its cancel before its chat was deleted", run.id)
-        except LogUnavailable as error:
-            logger.warning("run %s of a deleted chat could not be told to stop: %s", run.id, error)
+        # The newest first: the end of one would let the next begin.
+        for run in reversed(await self._parts.store.runs.active_in(chat_id)):
+            try:
+                stopped = await self._stops.cancel(caller, run.id)
+                if not stopped.ended and not await self._stops.confirmed(run.id, CONFIRM_WAIT):
+                    # It stops at its next word, and what it still writes meets the chat's tombstone.
+                    logger.warning("run %s did not confirm its cancel before its chat was deleted", run.id)
+            except LogUnavailable as error:
+                logger.warning("run %s of a deleted chat could not be told to stop: %s", run.id, error)
 
     async def _forget_logs(self, run_ids: list[str]) -> None:
         try:

@@ -37,7 +37,13 @@ class Save(Protocol):
     """
 
     def __call__(
-        self, records: Sequence[Record], *, wait: float = 1.0, key: Key | None = None, alone: Alone | None = None
+        self,
+        records: Sequence[Record],
+        *,
+        wait: float = 1.0,
+        key: Key | None = None,
+        alone: Alone | None = None,
+        cancels: Sequence[str] = (),
     ) -> Awaitable[Key | None]: ...
 
 

@@ -23,6 +23,7 @@ from headwater.overlay import in_order
 from headwater.pipelines.chat import fit
 from headwater.records import Record
 from headwater.runs import Run
+from headwater.settings import WhenBusy
 from headwater.transcript import Transcript
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class Ask:
     target: str | checks.Unset | None
     key: str | None
     fingerprint: str
+    when_busy: WhenBusy
 
     def same(self, fingerprint: str | None, run_id: str, message_id: str | None) -> Accepted:
         """What the first request with this key was told. Raises KeyReused when it was another request."""
@@ -83,6 +85,8 @@ class Plan:
     accepted: Accepted
     run: Run
     records: list[Record]
+    #: Runs that are stopped to make room for this one.
+    cancels: Sequence[str] = ()
     #: Where the records stand in the journal, when the turn has stored them itself.
     positions: Sequence[int] = ()
 
@@ -93,9 +97,12 @@ class Planner:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
 
-    async def plan(self, ask: Ask, chat: Chat, messages: Mapping[str, Message], *, complete: bool) -> Plan:
+    async def plan(
+        self, ask: Ask, chat: Chat, messages: Mapping[str, Message], *, complete: bool, behind: Sequence[str] = ()
+    ) -> Plan:
         """What taking `ask` writes, among all messages of the chat or, not `complete`, those at hand.
 
+        `behind`: the runs of the chat that have not ended, which the new one waits for.
         Raises InvalidInput, NotFound, StoreUnavailable; writes nothing.
         """
         newest = in_order(messages.values())[-1:]
@@ -117,27 +124,33 @@ class Planner:
             id=new_id(),
             kind=KIND,
             owner_id=owner_id,
-            input=await self._input(branch(asked, parent_id), parent_id),
+            input=await self._input(branch(asked, parent_id), parent_id, behind),
             created_at=at,
             chat_id=chat.id,
             message_id=answer_id,
             idempotency_key=ask.key,
             fingerprint=ask.fingerprint if ask.key is not None else None,
+            waits_for=tuple(behind),
         )
         answer = Message(
             answer_id, chat.id, owner_id, Role.ASSISTANT, "", at, MessageStatus.PROCESSING, parent_id, run_id=run.id
         )
         records = [Record.of(row) for row in (*rows, answer, run)]
-        return Plan(Accepted(run.id, answer_id, None if ask.content is None else first_id, chat.id), run, records)
+        accepted = Accepted(run.id, answer_id, None if ask.content is None else first_id, chat.id)
+        return Plan(accepted, run, records, behind if ask.when_busy is WhenBusy.INTERRUPT else ())
 
-    async def _input(self, said: list[Message], parent_id: str | None) -> dict[str, Any]:
+    async def _input(self, said: list[Message], parent_id: str | None, behind: Sequence[str]) -> dict[str, Any]:
         turns = []
         for message in said:
-            text = message.content
+            turn = {"role": message.role.value, "content": message.content}
             if message.status is MessageStatus.PROCESSING and message.run_id is not None:
-                # It ended, or the chat would be busy; its row only does not know yet.
-                text = await self._from_log(message.run_id)
-            turns.append({"role": message.role.value, "content": text})
+                if message.run_id in behind:
+                    # Not said yet; filled in when this run begins.
+                    turn["run_id"] = message.run_id
+                else:
+                    # It ended, its row only does not know yet.
+                    turn["content"] = await self._from_log(message.run_id)
+            turns.append(turn)
         # Fitted here as well as in the pipeline: a run carries its input through Celery, Redis and the
         # journal, and a long chat would carry itself whole through each of its runs.
         fitted = fit(turns, self._parts.settings.max_history)

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, TypeVar
 
 from headwater.access import Caller, may
 from headwater.errors import JournalUnavailable, LogUnavailable, NotFound, StoreUnavailable, Unavailable
@@ -32,6 +33,8 @@ from headwater.service import Service
 from headwater.streams.base import Meta
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: The cancel was asked for and the worker has not confirmed it yet.
 CANCELLING: Final = "cancelling"
@@ -65,7 +68,7 @@ class Stops(Service):
         super().__init__()
         self._parts = parts
         #: Ends under way whose caller went away with a promise.
-        self._ending: set[asyncio.Task[Run | None]] = set()
+        self._ending: set[asyncio.Task[Any]] = set()
         #: Since when the log does not know a run that somebody may hold, by this process's clock.
         self._unknown: dict[str, float] = {}
         self._away = False
@@ -86,6 +89,11 @@ class Stops(Service):
         if status is None:
             await self._note(run_id, flagged=flagged)
         return Stopped(run_id, CANCELLING if status is None else status.value)
+
+    def bring(self, run_ids: Sequence[str]) -> None:
+        """Bring cancels on their way that are noted in the journal already. Returns at once."""
+        for run_id in run_ids:
+            self._begin(self._keep(run_id), run_id)
 
     async def confirmed(self, run_id: str, within: float) -> bool:
         """Wait until the log says that the run has ended; False after `within` seconds."""
@@ -141,9 +149,7 @@ class Stops(Service):
             # The log is lost: its worker may hold it still, with all that was said, and writes it again.
             return run.state if run.state.terminal else None
         # Not cut off by the caller's patience: a claim whose end is not written holds the run up for a lease.
-        ending = asyncio.create_task(self._settle(run_id, run), name=f"cancel {run_id}")
-        self._ending.add(ending)
-        ending.add_done_callback(self._settled)
+        ending = self._begin(self._settle(run_id, run), run_id)
         await asyncio.wait({ending}, timeout=PATIENCE)
         if not ending.done() or ending.exception() is not None:
             return None
@@ -172,7 +178,13 @@ class Stops(Service):
         # A holder of its own for each call: to the log the same holder is the same worker, asking again.
         return await self._parts.settle(run, f"intake:{new_id()}", Event(EventType.CANCELLED, {}))
 
-    def _settled(self, ending: asyncio.Task[Run | None]) -> None:
+    def _begin(self, end: Coroutine[Any, Any, T], run_id: str) -> asyncio.Task[T]:
+        ending = asyncio.create_task(end, name=f"cancel {run_id}")
+        self._ending.add(ending)
+        ending.add_done_callback(self._settled)
+        return ending
+
+    def _settled(self, ending: asyncio.Task[Any]) -> None:
         self._ending.discard(ending)
         error = None if ending.cancelled() else ending.exception()
         if isinstance(error, Unavailable):

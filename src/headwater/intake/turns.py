@@ -16,70 +16,101 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Final
 
 from headwater.access import Caller, may
-from headwater.errors import ChatBusy, JournalUnavailable, LogUnavailable, RecordRefused, StoreUnavailable, Unavailable
+from headwater.errors import (
+    ChatBusy,
+    ChatQueueFull,
+    JournalUnavailable,
+    LogUnavailable,
+    RecordRefused,
+    StoreUnavailable,
+    Unavailable,
+)
 from headwater.intake import checks
 from headwater.intake.parts import LOG_WAIT, Locks, Parts, Patience
 from headwater.intake.plans import Accepted, Ask, Plan, Planner
+from headwater.intake.stops import Stops
 from headwater.journal import Alone
 from headwater.messages import MessageStatus
 from headwater.runs import Run, RunState
+from headwater.settings import WhenBusy
 from headwater.store import Turn
 from headwater.streams.base import Meta
 
 logger = logging.getLogger(__name__)
 
+#: Messages that may wait in one chat behind the one that is answered.
+MAX_QUEUED: Final = 10
+
 
 class Turns:
     """Takes messages. `locks` are shared with whoever else changes a chat as a whole."""
 
-    def __init__(self, parts: Parts, locks: Locks) -> None:
+    def __init__(self, parts: Parts, locks: Locks, stops: Stops) -> None:
         self._parts = parts
+        self._stops = stops
         self._planner = Planner(parts)
         self._locks = locks
         self._patience = Patience(parts.clock, parts.away)
 
     async def send(
-        self, caller: Caller, chat_id: str, content: str, *, parent_id: str | checks.Unset | None, key: str | None
+        self,
+        caller: Caller,
+        chat_id: str,
+        content: str,
+        *,
+        parent_id: str | checks.Unset | None,
+        key: str | None,
+        when_busy: WhenBusy | None,
     ) -> Accepted:
-        """Take a message and begin its answer.
-
-        `parent_id` UNSET goes on after the chat's newest message, None begins a new branch at the
-        root; editing a message is sending another with its parent. Raises InvalidInput, NotFound,
-        ChatBusy, KeyReused, StoreUnavailable, JournalUnavailable; then nothing was written.
-        """
+        """`Intake.send`."""
         checks.checked_id(chat_id, "chat")
         if isinstance(parent_id, str):
             checks.checked_id(parent_id, "message in this chat")
         text = checks.checked_text(content, self._parts.settings.max_message)
         place = "" if isinstance(parent_id, checks.Unset) else parent_id
-        digest = checks.fingerprint("send", chat_id=chat_id, content=text, parent_id=place)
-        return await self._take(Ask(caller, chat_id, text, parent_id, checks.checked_key(key), digest))
+        chosen = {"when_busy": when_busy.value} if when_busy is not None else {}
+        digest = checks.fingerprint("send", chat_id=chat_id, content=text, parent_id=place, **chosen)
+        busy = when_busy or self._parts.settings.when_busy
+        return await self._take(Ask(caller, chat_id, text, parent_id, checks.checked_key(key), digest, busy))
 
     async def regenerate(self, caller: Caller, chat_id: str, message_id: str, *, key: str | None) -> Accepted:
         """Make an answer again, beside the one there is; also a failed one. Raises what `send` raises."""
         checks.checked_id(chat_id, "chat")
         checks.checked_id(message_id, "message in this chat")
         digest = checks.fingerprint("regenerate", chat_id=chat_id, message_id=message_id)
-        return await self._take(Ask(caller, chat_id, None, message_id, checks.checked_key(key), digest))
+        busy = self._parts.settings.when_busy
+        return await self._take(Ask(caller, chat_id, None, message_id, checks.checked_key(key), digest, busy))
 
     # --- one turn --------------------------------------------------------------------------------
 
     async def _take(self, ask: Ask) -> Accepted:
         # Within this process a chat's turns wait here and not each with a connection of the pool.
         async with self._locks.of(ask.chat_id):
-            outcome = await self._by_journal(ask) or await self._decide(ask)
+            outcome = await self._by_journal(ask) or await self._insist(ask)
         if isinstance(outcome, Accepted):
             await self._ring_again(outcome.task_id)
             return outcome
         self._parts.telemetry.count("headwater_runs_accepted_total", kind=outcome.run.kind)
         await self._announce(outcome.run)
+        self._stops.bring(outcome.cancels)
         if outcome.positions:
             await self._mark(outcome)
         return outcome.accepted
+
+    async def _insist(self, ask: Ask) -> Plan | Accepted:
+        for _ in range(MAX_QUEUED):
+            try:
+                return await self._decide(ask)
+            except ChatBusy:
+                if ask.when_busy is WhenBusy.REJECT:
+                    raise
+                # Another process took a message for this chat since we looked: go behind that one.
+        return await self._decide(ask)
 
     async def _decide(self, ask: Ask) -> Plan | Accepted:
         if self._patience.worthwhile:
@@ -118,9 +149,10 @@ class Turns:
         return outcome
 
     async def _turn(self, ask: Ask, turn: Turn, alone: Alone) -> Plan | Accepted:
-        active = turn.active
-        if active is not None and ask.key is not None and active.idempotency_key == ask.key:
-            return ask.same(active.fingerprint, active.id, active.message_id)
+        active = {run.id: run for run in turn.active}
+        for run in turn.active:
+            if ask.key is not None and run.idempotency_key == ask.key:
+                return ask.same(run.fingerprint, run.id, run.message_id)
         # Another process of this host may have taken the key while we waited for the row.
         earlier = await self._by_journal(ask)
         if earlier is not None:
@@ -128,14 +160,13 @@ class Turns:
         messages = {message.id: message for message in await turn.messages()}
         # A run whose end is in the log but not in its row yet does not hold the chat up.
         waiting = {message.run_id for message in messages.values() if message.status is MessageStatus.PROCESSING}
-        metas = await self._metas({run_id for run_id in waiting if run_id} | ({active.id} if active else set()))
-        for run_id, meta in metas.items():
-            if not meta.status.terminal if meta else active is not None and run_id == active.id:
-                raise ChatBusy(run_id)
-        plan = await self._planner.plan(ask, turn.chat, messages, complete=True)
+        metas = await self._metas({run_id for run_id in waiting if run_id} | active.keys())
+        behind = [run_id for run_id, meta in metas.items() if (not meta.status.terminal if meta else run_id in active)]
+        _admit(ask, behind)
+        plan = await self._planner.plan(ask, turn.chat, messages, complete=True, behind=behind)
         self._parts.telemetry.step("accept.planned")
         # Not by `save`: its syncer would store the same rows a second time, after waiting for this turn's lock.
-        added = await self._parts.journal.add(plan.records, ask.stands_for(plan), alone)
+        added = await self._parts.journal.add(plan.records, ask.stands_for(plan), alone, plan.cancels)
         self._parts.telemetry.step("accept.journalled")
         return ask.told(added.earlier) if added.earlier else replace(plan, positions=added.positions)
 
@@ -154,12 +185,14 @@ class Turns:
         settings = self._parts.settings
         horizon = self._parts.clock.now_ms() - settings.run_deadline * settings.max_attempts * 1000
         open_runs = [run for run in known.runs.values() if not run.state.terminal and run.created_at > horizon]
-        for run_id, meta in (await self._metas(run.id for run in open_runs)).items():
-            if meta is None or not meta.status.terminal:
-                raise ChatBusy(run_id)
-        plan = await self._planner.plan(ask, chat, known.messages, complete=False)
+        metas = await self._metas(run.id for run in open_runs)
+        behind = [run_id for run_id, meta in metas.items() if meta is None or not meta.status.terminal]
+        _admit(ask, behind)
+        plan = await self._planner.plan(ask, chat, known.messages, complete=False, behind=behind)
         self._parts.telemetry.step("accept.planned")
-        holder = await self._parts.save(plan.records, wait=0, key=ask.stands_for(plan), alone=alone)
+        holder = await self._parts.save(
+            plan.records, wait=0, key=ask.stands_for(plan), alone=alone, cancels=plan.cancels
+        )
         self._parts.telemetry.step("accept.journalled")
         return ask.told(holder) if holder else plan
 
@@ -217,3 +250,11 @@ class Turns:
             return
         if run is not None and run.state is RunState.QUEUED:
             await self._announce(run)
+
+
+def _admit(ask: Ask, behind: Sequence[str]) -> None:
+    """Whether a message may go behind these runs, oldest first. Raises ChatBusy, ChatQueueFull."""
+    if behind and ask.when_busy is WhenBusy.REJECT:
+        raise ChatBusy(behind[0])
+    if len(behind) > MAX_QUEUED:
+        raise ChatQueueFull(behind[0], MAX_QUEUED)

@@ -81,8 +81,14 @@ class Journal:
         """
         return (await self.add(records, key)).earlier
 
-    async def add(self, records: Sequence[Record], key: Key | None = None, alone: Alone | None = None) -> Added:
-        """`append` that tells the positions as well.
+    async def add(
+        self,
+        records: Sequence[Record],
+        key: Key | None = None,
+        alone: Alone | None = None,
+        cancels: Sequence[str] = (),
+    ) -> Added:
+        """`append` that tells the positions as well, and that notes the wish to cancel these runs in the same step.
 
         With `alone` it looks once more, in the transaction that writes: when a run has begun in the
         chat since, in whatever process, it writes nothing and raises ChatBusy.
@@ -90,7 +96,7 @@ class Journal:
         at = self._clock.now_ms()
         # Encoded here: what cannot be encoded must not reach the group that others share.
         values = [rows.encoded(record, at) for record in records]
-        added = await self._writer.submit(lambda connection: rows.add(connection, values, key, at, alone))
+        added = await self._writer.submit(lambda connection: rows.add(connection, values, key, at, alone, cancels))
         if added.busy is not None:
             raise ChatBusy(added.busy)
         if added.positions:

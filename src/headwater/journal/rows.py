@@ -181,9 +181,14 @@ def read(rows: Sequence[Any]) -> tuple[list[Entry], list[tuple[int, str]]]:
 
 
 def add(
-    connection: apsw.Connection, rows: Sequence[tuple[Any, ...]], key: Key | None, at: int, alone: Alone | None = None
+    connection: apsw.Connection,
+    rows: Sequence[tuple[Any, ...]],
+    key: Key | None,
+    at: int,
+    alone: Alone | None = None,
+    cancels: Sequence[str] = (),
 ) -> Added:
-    """Insert the rows unless the key was used before, or a run began since `alone` was looked at."""
+    """Insert the rows and cancels unless the key was used before, or a run began since `alone` was looked at."""
     if key is not None:
         earlier = find_key(connection, key.owner_id, key.key)
         if earlier is not None:
@@ -198,6 +203,8 @@ def add(
     for row in rows:
         connection.execute(_INSERT, row)
         positions.append(connection.last_insert_rowid())
+    for run_id in cancels:
+        note_cancel(connection, run_id, at)
     return Added(None, positions)
 
 

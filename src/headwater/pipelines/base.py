@@ -58,6 +58,10 @@ class Pipeline(ABC):
         """
         return transcript.usage
 
+    def complete(self, run: Run, answers: Mapping[str, str]) -> Run:
+        """The run with its input whole, now that the runs it waited for have ended: what each of them said, by id."""
+        return run
+
     def check(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """The input as JSON values, checked and filled in. Raises pydantic's ValidationError."""
         return self.input_model.model_validate(data).model_dump(mode="json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, ClassVar, Final
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -34,6 +35,8 @@ class Turn(BaseModel):
 
     role: Role
     content: str
+    #: The run that was still giving this answer when the input was made; its text takes the place of `content`.
+    run_id: str | None = Field(None, exclude_if=lambda value: value is None)
 
 
 class ChatInput(BaseModel):
@@ -81,6 +84,13 @@ class ChatPipeline(Pipeline):
                 finish_reason = delta.finish_reason or finish_reason
         yield events.done(finish_reason)
 
+    def complete(self, run: Run, answers: Mapping[str, str]) -> Run:
+        messages = [
+            {"role": turn["role"], "content": answers.get(turn["run_id"], "")} if turn.get("run_id") else turn
+            for turn in run.input["messages"]
+        ]
+        return replace(run, input={**run.input, "messages": messages})
+
     def usage(self, run: Run, transcript: Transcript) -> dict[str, Any] | None:
         """What the API counted; else an estimate, marked as one, of what was asked and said.
 
@@ -124,13 +134,17 @@ class ChatPipeline(Pipeline):
 
 
 def fit(messages: Sequence[Mapping[str, Any]], max_characters: int) -> list[dict[str, Any]]:
-    """The newest messages that together have at most `max_characters`, as `{role, content}`, oldest first.
+    """The newest messages that together have at most `max_characters`, as `Turn`s, oldest first.
 
     System messages at the beginning, the last user message and what follows it are kept whatever
     their length. Empty messages, such as answers that were stopped before their first word, are
     left out, because APIs refuse them. After a cut the rest begins with a user's message.
     """
-    kept = [{"role": str(message["role"]), "content": message["content"]} for message in messages if message["content"]]
+    kept = [
+        {name: str(message[name]) for name in ("role", "content", "run_id") if message.get(name) is not None}
+        for message in messages
+        if message["content"] or message.get("run_id")
+    ]
     head = next((index for index, message in enumerate(kept) if message["role"] != Role.SYSTEM), len(kept))
     users = [index for index, message in enumerate(kept) if message["role"] == Role.USER]
     start = users[-1] if users else max(head, len(kept) - 1)

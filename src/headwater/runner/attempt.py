@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 Save = Callable[[Sequence[Record]], Awaitable[object]]
 
+#: Events of one read of a log.
+READ_PAGE: Final = 1_000
 #: Seconds a stopped pipeline has to give back what it holds.
 CLOSE_GRACE: Final = 3.0
 
@@ -336,6 +338,16 @@ class Attempt:
         telemetry.count("headwater_runs_ended_total", kind=run.kind, state=run.state.value, code=code)
         telemetry.observe("headwater_run_seconds", self._parts.clock.monotonic() - self._began, kind=run.kind)
         logger.info("Run %s ended at attempt %d: %s %s", run.id, self._lease.attempt, run.state, code)
+
+
+async def read_log(log: StreamLog, run_id: str) -> list[Event]:
+    """All events of a log, empty without one. Raises LogUnavailable."""
+    events: list[Event] = []
+    while (page := await log.read(run_id, len(events), READ_PAGE)) is not None:
+        events.extend(page.events)
+        if not page.events or len(events) >= page.count:
+            break
+    return events
 
 
 def _text(events: Sequence[Event]) -> tuple[str, str]:

@@ -19,7 +19,6 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Final
 
 from headwater.clock import Clock
 from headwater.errors import Fenced, LeaseHeld, LogClosed, LogRefused, LogUnavailable
@@ -27,8 +26,9 @@ from headwater.events import Event
 from headwater.pipelines.base import Pipeline
 from headwater.records import Record
 from headwater.runner import endings
-from headwater.runner.attempt import CLOSE_GRACE, Attempt, Parts, Save
+from headwater.runner.attempt import CLOSE_GRACE, Attempt, Parts, Save, read_log
 from headwater.runner.leases import Hold, LeaseKeeper, Promised, Stop
+from headwater.runner.line import Line
 from headwater.runner.writer import FIRST_RETRY, LAST_RETRY, nap
 from headwater.runs import Lease, Run, RunState
 from headwater.settings import Settings
@@ -37,9 +37,6 @@ from headwater.telemetry import Telemetry
 from headwater.transcript import Transcript
 
 logger = logging.getLogger(__name__)
-
-#: Events of one read of an earlier attempt's log.
-READ_PAGE: Final = 1_000
 
 
 class Runner:
@@ -62,6 +59,7 @@ class Runner:
         self.leases = LeaseKeeper(log, telemetry=telemetry, promised=promised)
         self._log = log
         self._parts = Parts(log, pipelines, save, clock, telemetry, settings, known, requeue, history)
+        self._line = Line(self._parts)
         self._draining = asyncio.Event()
         self._active: set[asyncio.Task[Run | None]] = set()
 
@@ -95,14 +93,16 @@ class Runner:
         try:
             lease = await self._log.claim(fresh, holder)
             async with self._attempt(fresh, lease, patient=False) as attempt:
-                return await attempt.finish(end, patient=False)
+                ended = await attempt.finish(end, patient=False)
         except LogRefused:
             return None
+        await self._line.next(run.id)
+        return ended
 
     async def repair(self, run: Run) -> Run | None:
         """Make the rows of a run again whose log has its terminal event. Returns the run as it ended, or None."""
         meta = await self._log.meta(run.id)
-        events = await self._read(run.id, meta.count) if meta is not None else []
+        events = await read_log(self._log, run.id) if meta is not None else []
         if meta is None or not events or not events[-1].terminal:
             return None
         transcript, end = Transcript.of(events), events[-1]
@@ -130,7 +130,10 @@ class Runner:
         fresh, lease = claimed
         try:
             async with self._attempt(fresh, lease) as attempt:
-                return await attempt.live()
+                ended = await attempt.live()
+            if ended is not None:
+                await self._line.next(run.id)
+            return ended
         except (Fenced, LogClosed) as error:
             logger.info("Run %s stops at attempt %d, another one has it: %s", run.id, lease.attempt, error.code)
         except LogUnavailable as error:
@@ -148,7 +151,7 @@ class Runner:
         while not self._draining.is_set():
             try:
                 fresh = await self._unless_ended(run)
-                if fresh is None:
+                if fresh is None or (fresh := await self._line.turn_of(fresh)) is None:
                     return None
                 lease = await self._log.claim(fresh, holder)
             except (LeaseHeld, LogClosed) as error:
@@ -196,18 +199,9 @@ class Runner:
         delay = FIRST_RETRY
         while True:
             try:
-                return await self._read(lease.run_id, lease.length) if lease.length else []
+                return await read_log(self._log, lease.run_id) if lease.length else []
             except LogUnavailable:
                 if not patient or hold.draining.is_set():
                     raise
             await nap(hold.draining, delay)
             delay = min(delay * 2, LAST_RETRY)
-
-    async def _read(self, run_id: str, count: int) -> list[Event]:
-        events: list[Event] = []
-        while len(events) < count:
-            page = await self._log.read(run_id, len(events), READ_PAGE)
-            if page is None or not page.events:
-                break
-            events.extend(page.events)
-        return events

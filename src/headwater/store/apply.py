@@ -66,14 +66,14 @@ _MESSAGES: Final = text(
 _RUNS: Final = text(
     """
     INSERT INTO runs (id, kind, owner_id, chat_id, message_id, input, state, stage, progress, attempt,
-        error, usage, idempotency_key, fingerprint, created_at, started_at, ended_at, version)
+        error, usage, idempotency_key, fingerprint, created_at, started_at, ended_at, version, priority, waits_for)
     SELECT id, kind, owner_id, chat_id, message_id, input, state, stage, progress, attempt,
         error, usage, idempotency_key, fingerprint, to_timestamp(created_at / 1000.0),
-        to_timestamp(started_at / 1000.0), to_timestamp(ended_at / 1000.0), version
+        to_timestamp(started_at / 1000.0), to_timestamp(ended_at / 1000.0), version, priority, waits_for
     FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS r
         (id uuid, kind text, owner_id text, chat_id uuid, message_id uuid, input jsonb, state text, stage text,
         progress float8, attempt int, error jsonb, usage jsonb, idempotency_key text, fingerprint text,
-        created_at float8, started_at float8, ended_at float8, version int)
+        created_at float8, started_at float8, ended_at float8, version int, priority text, waits_for jsonb)
     ORDER BY id
     ON CONFLICT (id) DO UPDATE SET
         state = excluded.state, stage = excluded.stage, progress = excluded.progress, attempt = excluded.attempt,

@@ -21,7 +21,7 @@ from headwater.records import Record
 from headwater.runs import Run
 from headwater.store.apply import apply
 from headwater.store.database import Database
-from headwater.store.runs import active_run
+from headwater.store.runs import active_runs
 from headwater.store.tables import chats, messages, runs
 
 #: The end of 9999 in Unix milliseconds: what a datetime can hold.
@@ -127,11 +127,11 @@ class Turn:
     wait for this very lock.
     """
 
-    def __init__(self, database: Database, connection: AsyncConnection, chat: Chat, active: Run | None) -> None:
+    def __init__(self, database: Database, connection: AsyncConnection, chat: Chat, active: Sequence[Run]) -> None:
         self._database = database
         self._connection = connection
         self.chat = chat
-        #: The run that is queued or running in this chat.
+        #: The runs that are queued or running in this chat, oldest first.
         self.active = active
 
     async def messages(self) -> list[Message]:
@@ -153,7 +153,7 @@ async def turn(database: Database, owner_id: str, chat_id: str) -> AsyncIterator
         row = (await database.limited(connection.execute(locked))).first()
         if row is None:
             raise _not_found()
-        active = await database.limited(active_run(connection, chat_id))
+        active = await database.limited(active_runs(connection, chat_id))
         yield Turn(database, connection, _chat(row), active)
 
 

@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from headwater.clock import to_ms
 from headwater.ids import is_id
-from headwater.runs import Run, RunState
+from headwater.runs import Priority, Run, RunState
 from headwater.store.database import Database
 from headwater.store.tables import ACTIVE, runs
 
@@ -26,11 +26,11 @@ class Runs:
             return None
         return await self._one(select(runs).where(runs.c.id == run_id))
 
-    async def active(self, chat_id: str) -> Run | None:
-        """The run that is queued or running in a chat; the earliest, should there be several."""
+    async def active_in(self, chat_id: str) -> list[Run]:
+        """Every queued or running run of a chat, oldest first."""
         if not is_id(chat_id):
-            return None
-        return await self._database.run(lambda connection: active_run(connection, chat_id))
+            return []
+        return await self._database.run(lambda connection: active_runs(connection, chat_id))
 
     async def active_of(self, owner_id: str) -> list[Run]:
         """Every queued or running run of an owner, oldest first."""
@@ -53,10 +53,9 @@ class Runs:
         return await self._database.run(lambda connection: _fetch(connection, statement))
 
 
-async def active_run(connection: AsyncConnection, chat_id: str) -> Run | None:
-    """The earliest queued or running run of a chat."""
-    found = await _fetch(connection, select(runs).where(runs.c.chat_id == chat_id, text(ACTIVE)).limit(1))
-    return found[0] if found else None
+async def active_runs(connection: AsyncConnection, chat_id: str) -> list[Run]:
+    """The queued and running runs of a chat, oldest first."""
+    return await _fetch(connection, select(runs).where(runs.c.chat_id == chat_id, text(ACTIVE)))
 
 
 async def _fetch(connection: AsyncConnection, statement: Select[Any]) -> list[Run]:
@@ -83,6 +82,8 @@ def _run(row: Row[Any]) -> Run:
         usage=row.usage,
         idempotency_key=row.idempotency_key,
         fingerprint=row.fingerprint,
+        priority=Priority(row.priority),
+        waits_for=tuple(row.waits_for),
     )
 
 

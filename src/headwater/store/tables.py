@@ -71,6 +71,9 @@ runs: Final = Table(
     Column("started_at", DateTime(timezone=True)),
     Column("ended_at", DateTime(timezone=True)),
     Column("version", Integer, nullable=False),
+    # With defaults, so that a process of an earlier version can still write beside a newer one.
+    Column("priority", Text, nullable=False, server_default=text("'normal'")),
+    Column("waits_for", JSONB, nullable=False, server_default=text("'[]'::jsonb")),
 )
 
 Index(

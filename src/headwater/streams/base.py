@@ -156,6 +156,14 @@ class StreamLog(ABC):
         """Hand the run over: it is queued again and may be claimed at once. Harmless when fenced."""
 
     @abstractmethod
+    async def park(self, run: Run, behind: Sequence[str], grace: float) -> None:
+        """Note that a queued run waits for others; it is `due` after `grace` seconds, like one that is announced."""
+
+    @abstractmethod
+    async def parked(self, run_id: str) -> list[Run]:
+        """The runs that were parked behind this one; some may have begun or ended since."""
+
+    @abstractmethod
     async def cancel(self, run_id: str) -> Meta | None:
         """Ask for a cancel: a durable flag that the holder sees at its next append or renewal.
 

@@ -5,6 +5,7 @@
 | `stream:{<run>}:chunks`    | list   | one event as JSON per item; the item's place is its seq |
 | `stream:{<run>}:metadata`  | hash   | the fields below                                        |
 | `stream:{<run>}:run`       | string | the run as JSON, for whoever takes it over              |
+| `stream:{<run>}:behind`    | set    | ids of the runs that wait for the end of this one       |
 | `stream:{<run>}` (channel) |        | `<epoch> <first seq>`, then one event per line          |
 | `headwater:due`            | zset   | run ids; score: when to look whether somebody holds it  |
 | `headwater:workers`        | zset   | workers' names; score: when they count as gone          |
@@ -45,6 +46,10 @@ def metadata(run_id: str) -> str:
 
 def run(run_id: str) -> str:
     return f"stream:{{{run_id}}}:run"
+
+
+def behind(run_id: str) -> str:
+    return f"stream:{{{run_id}}}:behind"
 
 
 def channel(run_id: str) -> str:

@@ -48,6 +48,7 @@ class _Log:
     lease_until: int = 0
     cancelled: bool = False
     events: list[Event] = field(default_factory=list)
+    behind: set[str] = field(default_factory=set)
 
 
 class MemoryStreamLog(StreamLog):
@@ -158,6 +159,17 @@ class MemoryStreamLog(StreamLog):
             now = self._clock.now_ms()
             log.status, log.holder, log.lease_until = RunState.QUEUED, "", 0
             log.updated_at = log.due_at = now
+
+    async def park(self, run: Run, behind: Sequence[str], grace: float) -> None:
+        await self.open(run, grace)
+        for log in map(self._find, behind):
+            if log is not None:
+                log.behind.add(run.id)
+
+    async def parked(self, run_id: str) -> list[Run]:
+        log = self._find(run_id)
+        found = map(self._find, sorted(log.behind)) if log is not None else ()
+        return [one.run for one in found if one is not None]
 
     async def cancel(self, run_id: str) -> Meta | None:
         log = self._find(run_id)

@@ -184,13 +184,25 @@ class RedisStreamLog(StreamLog):
         released = self._scripts.release(keys.metadata(lease.run_id), lease.epoch, lease.attempt, lease.holder)
         await self._send(released, self._schedule(lease.run_id, 0))
 
+    async def park(self, run: Run, behind: Sequence[str], grace: float) -> None:
+        await self.open(run, grace)
+        noted: list[Command] = []
+        for key in map(keys.behind, behind):
+            noted += [("SADD", key, run.id), ("EXPIRE", key, self._live_ttl)]
+        await self._send(*noted)
+
+    async def parked(self, run_id: str) -> list[Run]:
+        (ids,) = await self._send(("SMEMBERS", keys.behind(run_id)))
+        raws = await self._send(*(("GET", keys.run(raw.decode())) for raw in sorted(ids))) if ids else []
+        return [Run.from_json(orjson.loads(raw)) for raw in raws if raw]
+
     async def cancel(self, run_id: str) -> Meta | None:
         (reply,) = await self._send(self._scripts.cancel(keys.metadata(run_id), *keys.META_FIELDS))
         now, values = reply
         return _meta(run_id, now, values)
 
     async def forget(self, run_id: str) -> None:
-        await self._send(("DEL", *_keys(run_id)), ("ZREM", keys.DUE, run_id))
+        await self._send(("DEL", *_keys(run_id), keys.behind(run_id)), ("ZREM", keys.DUE, run_id))
 
     # --- the reader -----------------------------------------------------------------------------
 

@@ -1,0 +1,83 @@
+"""Line: a run that waits for others, such as a question asked while its chat was answering.
+
+It is parked: no worker holds it and no message of the broker names it. The end of each run it waits
+for rings for it; should that get lost, the sweeper rings. Whoever is rung for looks again, so a bell
+too many does no harm.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from headwater.errors import LogUnavailable, StoreUnavailable, Unavailable
+from headwater.runner.attempt import Parts, read_log
+from headwater.runs import Run
+from headwater.transcript import Transcript
+
+logger = logging.getLogger(__name__)
+
+
+class Line:
+    """Lets runs begin in their turn."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+
+    async def turn_of(self, run: Run) -> Run | None:
+        """The run with its input whole, once all it waits for has ended; else None, and it is parked.
+
+        Raises LogUnavailable.
+        """
+        if not run.waits_for:
+            return run
+        behind = await self._unended(run)
+        if behind:
+            await self._parts.log.park(run, behind, self._parts.settings.queue_grace)
+            # One of them may have ended between the look and the note, and have rung for nobody.
+            if await self._unended(run):
+                logger.info("Run %s waits for %s", run.id, ", ".join(behind))
+                return None
+        pipeline = self._parts.pipelines.get(run.kind)
+        if pipeline is None:
+            return run
+        try:
+            return pipeline.complete(run, {run_id: await self._said(run_id) for run_id in run.waits_for})
+        except StoreUnavailable as error:
+            logger.warning("Run %s waits for what was said before it: %s", run.id, error)
+            await self._parts.log.open(run, self._parts.settings.queue_grace)
+            return None
+
+    async def next(self, run_id: str) -> None:
+        """A run has ended: ring for those that wait for it."""
+        try:
+            for run in await self._parts.log.parked(run_id):
+                self._parts.hand_on(run)
+        except LogUnavailable as error:
+            logger.warning("Runs that wait for %s are left to the sweeper: %s", run_id, error)
+
+    async def _unended(self, run: Run) -> list[str]:
+        metas = await self._parts.log.metas(run.waits_for)
+        return [
+            run_id
+            for run_id, meta in zip(run.waits_for, metas, strict=True)
+            if not (await self._over(run_id) if meta is None else meta.status.terminal)
+        ]
+
+    async def _over(self, run_id: str) -> bool:
+        """Whether a run without a log has ended, or is gone with its chat."""
+        if self._parts.known is None:
+            return True
+        try:
+            stored = await self._parts.known(run_id)
+        except Unavailable as error:
+            logger.warning("Whether run %s has ended cannot be told now: %s", run_id, error)
+            return False
+        return stored is None or stored.state.terminal
+
+    async def _said(self, run_id: str) -> str:
+        """What a run that has ended said, from its log or, without one, its rows. Raises StoreUnavailable."""
+        events = await read_log(self._parts.log, run_id)
+        if not events and self._parts.history is not None:
+            page = await self._parts.history(run_id)
+            events = list(page.events) if page is not None else []
+        return Transcript.of(events).content
