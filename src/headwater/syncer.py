@@ -2,6 +2,10 @@
 
 Several may work on one journal, in this process or in others: applying a record twice changes
 nothing, so they need not know of each other.
+
+A record that PostgreSQL refuses is set aside at once. One that it never answers to, because it alone
+runs into a time limit or ends its session, is set aside when others are seen to pass; it is tried
+again with every periodic sync.
 """
 
 from __future__ import annotations
@@ -24,6 +28,12 @@ logger = logging.getLogger(__name__)
 
 #: Records of one transaction at most.
 BATCH: Final = 500
+#: Failures of a record all by itself before it is asked whether others pass.
+ALONE: Final = 3
+#: Records of other chats that are asked for it.
+WITNESSES: Final = 5
+#: Periodic syncs that try a record again which was set aside: a day of them. By hand it can be tried at any time.
+AGAIN: Final = 288
 #: Seconds between two looks when nobody calls; another process may have died with its records unsynced.
 PERIOD: Final = 30.0
 #: Seconds before the first try while PostgreSQL is away; doubles up to MAX_BACKOFF.
@@ -45,6 +55,8 @@ class Syncer(Service):
         self._wake = asyncio.Event()
         self._one_at_a_time = asyncio.Lock()
         self._batch = BATCH
+        #: The position of the record that failed by itself last, and how often.
+        self._failed = (0, 0)
         self._applied = 0
         #: Who waits, by the last position of what they saved.
         self._waiting: dict[asyncio.Future[None], int] = {}
@@ -87,20 +99,19 @@ class Syncer(Service):
             logger.warning("PostgreSQL gets %d records past the journal: %s", len(records), error)
             await self._store.apply(records)
 
-    async def sync(self) -> int:
-        """Apply everything that waits now; the number applied.
+    async def sync(self, *, again: bool = False) -> int:
+        """Apply everything that waits now, with `again` also what was set aside; the number applied.
 
         Raises StoreUnavailable when PostgreSQL is away; what was applied until then stays applied.
         """
         async with self._one_at_a_time:
             before = self._applied
             try:
+                if again:
+                    await self._journal.put_back(AGAIN)
                 while entries := await self._next():
-                    await self._apply(entries)
-                    # A batch that was too much for the time limit was halved; feel the way back.
-                    self._batch = min(BATCH, self._batch * 2)
+                    await self._step(entries)
             except StoreUnavailable as error:
-                self._batch = max(1, self._batch // 2)
                 self._gone(error)
                 raise
             finally:
@@ -140,7 +151,53 @@ class Syncer(Service):
         if not entries:
             for future in waiting:
                 _resolve(future)
-        return entries
+        # What was set aside before goes by itself, so that it costs nobody else a try.
+        suspect = next((number for number, entry in enumerate(entries) if entry.tries), len(entries))
+        return entries[: max(1, suspect)]
+
+    async def _step(self, entries: Sequence[Entry]) -> None:
+        """Apply a batch. Should PostgreSQL not answer to it but answer otherwise, the next one is half of it."""
+        try:
+            await self._apply(entries)
+        except StoreUnavailable as error:
+            self._gone(error)
+            if len(entries) == 1:
+                await self._isolate(entries[0], error)
+            else:
+                self._batch = max(1, len(entries) // 2)
+                await self._store.ping()
+        else:
+            # A batch that was too much for the time limit was halved; feel the way back.
+            self._batch = min(BATCH, self._batch * 2)
+
+    async def _isolate(self, entry: Entry, error: StoreUnavailable) -> None:
+        """Set a record aside that fails by itself while others pass; else raise what it failed with."""
+        position, times = self._failed
+        times = times + 1 if position == entry.position else 1
+        self._failed = (entry.position, times)
+        if entry.tries:
+            # It was found out before.
+            await self._store.ping()
+        elif times < ALONE or not await self._others_pass(entry):
+            raise error
+        await self._set_aside(entry, f"PostgreSQL answers, but not to this: {error}")
+
+    async def _others_pass(self, entry: Entry) -> bool:
+        """Whether PostgreSQL takes any of the records behind this one."""
+        behind = [other for other in await self._journal.unsynced(BATCH) if other.position != entry.position]
+        # The first of each chat, so that every chat's records are still applied in order.
+        firsts: dict[str, Entry] = {}
+        for other in behind:
+            firsts.setdefault(_place(other), other)
+        firsts.pop(_place(entry), None)
+        for other in [*firsts.values()][:WITNESSES] or behind[:1]:
+            try:
+                await self._apply([other])
+            except StoreUnavailable as error:
+                logger.debug("record %d does not pass either: %s", other.position, error)
+            else:
+                return True
+        return False
 
     async def _apply(self, entries: Sequence[Entry]) -> None:
         """Apply a batch; should PostgreSQL refuse it, find the record it means by halving, and set that one aside."""
@@ -148,7 +205,7 @@ class Syncer(Service):
             await self._store.apply([entry.record for entry in entries])
         except RecordRefused as error:
             if len(entries) == 1:
-                await self._set_aside(entries[0], error)
+                await self._set_aside(entries[0], str(error))
             else:
                 middle = len(entries) // 2
                 await self._apply(entries[:middle])
@@ -165,10 +222,12 @@ class Syncer(Service):
         self._applied += len(entries)
         self._telemetry.count("headwater_synced_total", len(entries))
 
-    async def _set_aside(self, entry: Entry, error: RecordRefused) -> None:
+    async def _set_aside(self, entry: Entry, reason: str) -> None:
         record = entry.record
-        logger.error("The %s %s is set aside, PostgreSQL will never take it: %s", record.kind, record.id, error)
-        await self._journal.set_aside(entry.position, str(error))
+        # An error once; that it still does not pass is no news.
+        level = logging.DEBUG if entry.tries else logging.ERROR
+        logger.log(level, "The %s %s is set aside, see `headwater journal status`: %s", record.kind, record.id, reason)
+        await self._journal.set_aside(entry.position, reason)
         self._release(entry.position)
 
     async def _stored(self, position: int, wait: float) -> None:
@@ -208,6 +267,11 @@ class Syncer(Service):
         self._telemetry.gauge("headwater_journal_backlog", backlog.count)
         self._telemetry.gauge("headwater_journal_backlog_age_seconds", (backlog.oldest_ms or 0) / 1000)
         self._telemetry.gauge("headwater_journal_poison", backlog.poison)
+
+
+def _place(entry: Entry) -> str:
+    """What the order of records is kept within."""
+    return entry.record.chat_id or entry.record.id
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

@@ -70,7 +70,7 @@ METRICS: Final[tuple[Metric, ...]] = (
     Metric("headwater_journal_commit_seconds", "histogram", "both", "One group commit."),
     Metric("headwater_journal_backlog", "gauge", "both", "Records not yet in PostgreSQL."),
     Metric("headwater_journal_backlog_age_seconds", "gauge", "both", "Age of the oldest record not yet in PostgreSQL."),
-    Metric("headwater_journal_poison", "gauge", "both", "Records set aside because PostgreSQL refuses them."),
+    Metric("headwater_journal_poison", "gauge", "both", "Records set aside because PostgreSQL does not take them."),
     Metric("headwater_synced_total", "counter", "both", "Records applied to PostgreSQL."),
     Metric("headwater_swept_total", "counter", "both", "Runs the sweeper acted on.", ("action",)),
     Metric("headwater_enqueue_seconds", "histogram", "both", "Handing one run to Celery."),

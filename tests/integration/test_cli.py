@@ -291,7 +291,9 @@ async def test_monitor_celery_says_that_a_task_is_unknown(stack: Stack, tmp_path
 
 async def test_journal_sync_brings_what_was_kept_while_postgres_was_away(stack: Stack, tmp_path: Path) -> None:
     """The stack's own journal: everything that was said is in PostgreSQL, and status says so."""
-    await ask(stack, "[[scenario:hello]] kept")
+    run_id = await ask(stack, "[[scenario:hello]] kept")
+    # Until its end, after which nothing more is written.
+    assert (await of_stack(stack, tmp_path)("monitor", "celery", run_id))[0] == 0
     command = Command(tmp_path, DATABASE_URL=stack.database_url, HEADWATER_DATA_DIR=str(stack.folder / "data"))
 
     async def nothing_waits() -> bool:
@@ -300,6 +302,28 @@ async def test_journal_sync_brings_what_was_kept_while_postgres_was_away(stack: 
 
     await eventually(nothing_waits, 30)
     assert json.dumps(await command("journal", "sync")).startswith('[0, "0 records')
+
+
+async def test_what_was_set_aside_is_shown_with_the_reason_and_brought_back(
+    with_servers: Command, database_url: str, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    journal = Journal(tmp_path / "data" / "journal.db", clock=SystemClock(), telemetry=Telemetry())
+    await journal.open()
+    chat = Record.of(Chat(new_id(), "local", 1, 1))
+    await journal.append([chat])
+    await journal.set_aside(1, "the disk of the index was away")
+    await journal.close()
+    code, output = await with_servers("journal", "status")
+    assert code == 0
+    assert "Set aside  1 records" in output
+    assert f"chat {chat.id}, tried 1×: the disk of the index was away" in output
+    assert "headwater journal retry" in output
+    code, output = await with_servers("journal", "sync")
+    assert (code, output.strip()) == (0, "0 records were handed over; 0 wait, 1 are set aside.")
+    code, output = await with_servers("journal", "retry")
+    assert (code, output.strip()) == (0, "1 records were handed over; 0 wait, 0 are set aside.")
+    assert count_chats(database_url) == 1
 
 
 @pytest.mark.parametrize("verb", ["clear", "reset"])

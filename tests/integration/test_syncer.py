@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from headwater.records import Record
 from headwater.runs import Run
 from headwater.service import running
 from headwater.store import Store
-from headwater.syncer import Syncer
+from headwater.syncer import ALONE, Syncer
 from headwater.telemetry import Telemetry
 from support.own_postgres import OwnPostgres
 from support.wait import eventually
@@ -263,6 +263,59 @@ async def test_a_journal_that_cannot_be_written_fails_the_save(case: Case) -> No
         await case.journal._writer.submit(lambda connection: connection.pragma("max_page_count", 1), alone=True)
         with pytest.raises(JournalUnavailable):
             await case.syncer.save([said("x" * 100_000)])
+
+
+@pytest.mark.parametrize("fault", ["pg_sleep(60)", "pg_terminate_backend(pg_backend_pid())"])
+async def test_a_record_that_postgresql_never_answers_to_is_set_aside_and_comes_back(case: Case, fault: str) -> None:
+    records = [said(str(number), new_id()) for number in range(30)]
+    bad = records[7]
+    with trigger(case.url, f"IF NEW.id = '{bad.id}' THEN PERFORM {fault}; END IF;"):
+        await case.journal.append(records)
+        async with running(case.syncer):
+            await eventually(case.empty, 60)
+            assert case.rows() == {record.id for record in records} - {bad.id}
+            (entry,) = await case.journal.aside(10)
+            assert (entry.record.id, entry.tries) == (bad.id, 1)
+            assert "PostgreSQL answers, but not to this" in str(entry.poison)
+            await eventually(lambda: not case.syncer.away)
+            # Found out once, it holds nobody up any more.
+            later = said()
+            await case.journal.append([later])
+            await case.syncer.sync(again=True)
+            assert later.id in case.rows()
+            (entry,) = await case.journal.aside(10)
+            assert (entry.record.id, entry.tries) == (bad.id, 2)
+    assert await case.syncer.sync() == 0
+    assert await case.syncer.sync(again=True) == 1
+    assert bad.id in case.rows()
+    assert await case.journal.aside(10) == []
+
+
+async def test_nothing_is_set_aside_while_postgresql_answers_but_takes_nothing(case: Case) -> None:
+    records = [said(str(number), new_id()) for number in range(2)]
+    with psycopg.connect(case.url) as connection:
+        connection.execute("LOCK TABLE messages")
+        await case.journal.append(records)
+        for _ in range(ALONE + 1):
+            with pytest.raises(StoreUnavailable):
+                await case.syncer.sync()
+    assert await case.journal.aside(10) == []
+    await case.syncer.sync()
+    assert case.rows() == {record.id for record in records}
+
+
+@contextmanager
+def trigger(url: str, body: str) -> Iterator[None]:
+    """PL/pgSQL that runs before a message is inserted."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(
+            f"CREATE FUNCTION odd() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body} RETURN NEW; END $$".encode()
+        )
+        connection.execute("CREATE TRIGGER odd BEFORE INSERT ON messages FOR EACH ROW EXECUTE FUNCTION odd()")
+        try:
+            yield
+        finally:
+            connection.execute("DROP FUNCTION odd CASCADE")
 
 
 # --- several ------------------------------------------------------------------------------------

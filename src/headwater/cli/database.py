@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import typer
 
@@ -14,6 +14,9 @@ from headwater.settings import Settings
 
 if TYPE_CHECKING:
     from headwater.journal import Journal
+
+#: Records set aside that `status` lists.
+SHOWN: Final = 10
 
 db = typer.Typer(
     help="PostgreSQL: make, change, empty. DATABASE_URL says which; without it, that of the running `headwater up`.",
@@ -109,16 +112,23 @@ def _delete_all(settings: Settings, empty_postgres: Callable[[], None], told: st
 
 @journal.command("status")
 def status(data_dir: DataDir = None) -> None:
-    """Say how much waits for PostgreSQL, since when, and what PostgreSQL refused for good."""
+    """Say how much waits for PostgreSQL, since when, and what PostgreSQL does not take, with the reasons."""
     settings = _settings(data_dir)
 
     async def ask() -> None:
         async with _Opened(settings) as opened:
             backlog = await opened.backlog()
+            aside = await opened.aside(SHOWN)
         age = f", the oldest for {backlog.oldest_ms / 1000:.0f} s" if backlog.oldest_ms is not None else ""
         typer.echo(f"Journal    {settings.journal_file}")
         typer.echo(f"Waiting    {backlog.count} records{age}")
-        typer.echo(f"Set aside  {backlog.poison} records that PostgreSQL refuses")
+        typer.echo(f"Set aside  {backlog.poison} records that PostgreSQL does not take")
+        for entry in aside:
+            typer.echo(f"           {entry.record.kind} {entry.record.id}, tried {entry.tries}×: {entry.poison}")
+        if backlog.poison:
+            typer.echo(
+                "           Nothing is lost. When the reason is gone, `headwater journal retry` brings them back."
+            )
 
     asyncio.run(ask())
 
@@ -126,7 +136,16 @@ def status(data_dir: DataDir = None) -> None:
 @journal.command("sync")
 def sync(data_dir: DataDir = None) -> None:
     """Hand to PostgreSQL now what waits in the journal. Harmless while servers and workers run."""
-    settings = _settings(data_dir)
+    _sync(_settings(data_dir), retry=False)
+
+
+@journal.command("retry")
+def retry(data_dir: DataDir = None) -> None:
+    """Hand to PostgreSQL now what waits and what was set aside. Harmless while servers and workers run."""
+    _sync(_settings(data_dir), retry=True)
+
+
+def _sync(settings: Settings, *, retry: bool) -> None:
     url = settings.need_database()
 
     async def work() -> None:
@@ -140,6 +159,8 @@ def sync(data_dir: DataDir = None) -> None:
         try:
             async with _Opened(settings) as opened:
                 syncer = Syncer(opened, store, telemetry=telemetry, clock=SystemClock())
+                if retry:
+                    await opened.put_back()
                 count = await syncer.sync()
                 left = await opened.backlog()
         finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,7 @@ class Journal:
         await self._writer.submit(lambda connection: rows.mark(connection, positions, at))
 
     async def set_aside(self, position: int, reason: str) -> None:
-        """The store will never take this record: keep it out of the way, with the reason."""
+        """The store does not take this record: keep it out of the way, with the reason."""
         text = reason.encode(errors="replace").decode()
         await self._writer.submit(lambda connection: rows.set_aside(connection, position, text))
 
@@ -143,9 +144,9 @@ class Journal:
             pass
         return deleted
 
-    async def put_back(self) -> int:
-        """Let every record that was set aside be tried again. Returns their number."""
-        return await self._writer.submit(rows.put_back)
+    async def put_back(self, tries: int = sys.maxsize) -> int:
+        """Let every record that was set aside fewer than `tries` times be tried again. Returns their number."""
+        return await self._writer.submit(lambda connection: rows.put_back(connection, tries))
 
     async def prune(self, older_than_ms: int) -> int:
         """Delete what was synced before that Unix time in ms, and old keys; give the space back to the disk.

@@ -26,7 +26,7 @@ _FIND_KEY: Final = "SELECT owner_id, key, fingerprint, run_id, message_id FROM k
 _INSERT_KEY: Final = "INSERT INTO keys (owner_id, key, fingerprint, run_id, message_id, at) VALUES (?, ?, ?, ?, ?, ?)"
 _MARK: Final = "UPDATE records SET synced_at = ?, poison = NULL WHERE position = ? AND synced_at IS NULL"
 _SET_ASIDE: Final = "UPDATE records SET poison = ?, tries = tries + 1 WHERE position = ? AND synced_at IS NULL"
-_PUT_BACK: Final = "UPDATE records SET poison = NULL WHERE poison IS NOT NULL AND synced_at IS NULL"
+_PUT_BACK: Final = "UPDATE records SET poison = NULL WHERE poison IS NOT NULL AND synced_at IS NULL AND tries < ?"
 _WAITING: Final = """
     SELECT position, kind, id, version, owner_id, chat_id, data, at, tries, poison FROM records
     WHERE synced_at IS NULL AND poison IS NULL ORDER BY position LIMIT ?
@@ -221,8 +221,8 @@ def set_aside(connection: apsw.Connection, position: int, reason: str) -> None:
     connection.execute(_SET_ASIDE, (reason, position))
 
 
-def put_back(connection: apsw.Connection) -> int:
-    connection.execute(_PUT_BACK)
+def put_back(connection: apsw.Connection, tries: int) -> int:
+    connection.execute(_PUT_BACK, (tries,))
     return connection.changes()
 
 

@@ -38,7 +38,7 @@ class Graph:
 
     async def sync(self) -> int:
         """Bring the journal to PostgreSQL and delete what has long been there. Raises StoreUnavailable."""
-        applied = await self.syncer.sync()
+        applied = await self.syncer.sync(again=True)
         await self.journal.prune(self.clock.now_ms() - KEEP_SYNCED_MS)
         return applied
 
