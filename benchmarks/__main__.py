@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
-from benchmarks import endtoend, journal, worker
+from benchmarks import endtoend, journal, polling, worker
 from benchmarks.machine import Ticks
 from benchmarks.report import Report, machine, write_page
 
@@ -20,6 +20,7 @@ ALL: Final[dict[str, Callable[[bool], Awaitable[Report]]]] = {
     "worker": worker.run,
     "endtoend": endtoend.run,
     "journal": journal.run,
+    "polling": polling.run,
 }
 RESULTS: Final = Path(__file__).parent.parent / "docs" / "benchmarks"
 
