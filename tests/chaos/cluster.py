@@ -15,6 +15,7 @@ import re
 import socket
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -31,6 +32,7 @@ from headwater.dev.child import Child
 from headwater.dev.services import free_port
 from headwater.queue import CHAT_QUEUE
 from headwater.streams import keys
+from support.disk import CannotMount, SmallDisk, mounted
 from support.own_postgres import OwnPostgres
 from support.own_redis import OwnRedis
 from support.stack import Process, Stack
@@ -59,7 +61,10 @@ _RUNS: Final = """
 _MESSAGES: Final = """
     SELECT id::text, chat_id::text, role, content, status, run_id::text FROM messages ORDER BY chat_id, created_at, id
 """
-_TRACEBACK: Final = re.compile(rb"^Traceback", re.MULTILINE)
+#: A traceback up to its last line, which names the exception.
+_TRACEBACK: Final = re.compile(r"^Traceback .*\n(?:(?: .*)?\n)+(\S.*)$", re.MULTILINE)
+#: Megabytes of a journal's disk, where it has one of its own.
+_DISK: Final = 32
 
 
 class Provider(Child):
@@ -100,6 +105,11 @@ class Cluster:
         self.stack: Stack
         #: Processes that ended although nobody ended them: a complaint each.
         self.fallen: list[str] = []
+        #: The disks of the journals, where small ones can be mounted.
+        self.disks: list[SmallDisk] = []
+        #: Faults that cannot be dealt here, and why.
+        self.missing: dict[str, str] = {}
+        self._supervisor: asyncio.Task[None]
         self._resting: set[Process] = set()
         self._hosts = hosts
         self._settings = {**SETTINGS, **settings}
@@ -124,6 +134,11 @@ class Cluster:
             # Before the start: half of one is to be ended as well.
             stack.push_async_callback(asyncio.to_thread, stop)
             await asyncio.to_thread(start)
+        folders = [self.folder / "data", self.folder / "data2"][: self._hosts]
+        try:
+            self.disks += [stack.enter_context(mounted(folder, _DISK)) for folder in folders]
+        except CannotMount as error:
+            self.missing["journal_full"] = f"a small disk cannot be mounted: {error}"
         await stack.enter_async_context(self.provider_proxy.run())
         self.stack = Stack(
             self.folder,
@@ -142,8 +157,13 @@ class Cluster:
             self.proxies.append(await stack.enter_async_context(proxy.run()))
         stack.push_async_callback(self.stack.stop)
         await self.stack.start()
-        supervisor = asyncio.create_task(self._supervise())
-        stack.push_async_callback(_cancelled, supervisor)
+        self._supervisor = asyncio.create_task(self._supervise())
+        stack.push_async_callback(_cancelled, self._supervisor)
+
+    async def stop(self) -> None:
+        """End our processes by SIGTERM. Fails when one has to be killed."""
+        await _cancelled(self._supervisor)
+        await self.stack.stop()
 
     @property
     def endpoints(self) -> Sequence[str]:
@@ -233,9 +253,13 @@ class Cluster:
                     found[server.name] = await answer.json()
         return found
 
-    def tracebacks(self) -> int:
-        """How many the processes logged."""
-        return sum(len(_TRACEBACK.findall(process.log_file.read_bytes())) for process in self.processes)
+    def tracebacks(self) -> Counter[str]:
+        """How often each exception was logged with its traceback, by process."""
+        return Counter(
+            f"{process.name}: {last[:200]}"
+            for process in self.processes
+            for last in _TRACEBACK.findall(process.log_file.read_text(errors="replace"))
+        )
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:

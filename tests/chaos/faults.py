@@ -205,6 +205,18 @@ async def postgres_read_only(cluster: Cluster, chance: random.Random) -> AsyncIt
     await _postgres(cluster, "ALTER SYSTEM RESET default_transaction_read_only")
 
 
+# --- the journal ---------------------------------------------------------------------------
+
+
+@fault("journal", 1, 6)
+async def journal_full(cluster: Cluster, chance: random.Random) -> AsyncIterator[None]:
+    """Not a byte is left on the disk of one host's journal."""
+    disk = chance.choice(cluster.disks)
+    disk.fill()
+    yield
+    disk.give_back()
+
+
 # --- the network -------------------------------------------------------------------------------
 
 

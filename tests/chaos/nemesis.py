@@ -28,13 +28,13 @@ class Nemesis:
     """Deals faults. The seed fixes which, in what order, for how long and how far apart."""
 
     def __init__(
-        self, cluster: Cluster, seed: int, *, at_once: int = 2, faults: Sequence[str] = (), gap: tuple[float, float]
+        self, cluster: Cluster, seed: int, *, at_once: int = 2, faults: Sequence[str], gap: tuple[float, float]
     ) -> None:
         self.blows: list[Blow] = []
         self._cluster = cluster
         self._chance = random.Random(f"nemesis-{seed}")
         self._at_once = at_once
-        self._choice = [FAULTS[name] for name in faults] or list(FAULTS.values())
+        self._choice = [FAULTS[name] for name in faults]
         self._gap = gap
         self._held: dict[str, asyncio.Task[None]] = {}
 

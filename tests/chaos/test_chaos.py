@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from chaos.run import Plan, main, play
+from chaos.report import Plan
+from chaos.run import main, play
 
 
 @pytest.mark.chaos
@@ -29,8 +30,9 @@ async def test_promises_hold_while_things_break(seed: int, tmp_path: Path) -> No
 def test_a_kept_history_is_judged_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept = tmp_path / "history.json"
     kept.write_text(
-        '{"promises": [], "unanswered": [], "readers": [], "messages": [], "complaints": ["500 from GET /"],'
-        ' "runs": [{"id": "r", "state": "done", "attempt": 1, "idempotency_key": null, "code": null}]}'
+        '{"promises": [], "unanswered": [], "readers": [], "messages": [], "away": [], '
+        '"complaints": ["500 from GET /"], '
+        '"runs": [{"id": "r", "state": "done", "attempt": 1, "idempotency_key": null, "code": null}]}'
     )
     assert main(["--check", str(kept)]) == 1
     assert capsys.readouterr().out.splitlines() == [

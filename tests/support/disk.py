@@ -41,9 +41,13 @@ class SmallDisk:
         self._filler.unlink(missing_ok=True)
 
 
+class CannotMount(Exception):
+    """Nobody may mount a disk here."""
+
+
 @contextmanager
-def small_disk(folder: Path, megabytes: int, owner: int | None = None) -> Iterator[SmallDisk]:
-    """Mount one at `folder`. Where nobody may mount the test is skipped, but not in CI, where it must run."""
+def mounted(folder: Path, megabytes: int, owner: int | None = None) -> Iterator[SmallDisk]:
+    """Mount one at `folder`. Raises CannotMount."""
     folder.mkdir(parents=True, exist_ok=True)
     prefix = [] if os.geteuid() == 0 else ["sudo", "-n"]
     uid = os.geteuid() if owner is None else owner
@@ -51,14 +55,23 @@ def small_disk(folder: Path, megabytes: int, owner: int | None = None) -> Iterat
     mount = [*prefix, "mount", "-t", "tmpfs", "-o", options, "headwater-test", str(folder)]
     try:
         made = subprocess.run(mount, capture_output=True, text=True, check=False)
-        problem = made.stderr.strip() if made.returncode else ""
     except FileNotFoundError as error:
-        problem = str(error)
-    if problem:
-        if child_environment().get("CI"):
-            pytest.fail(f"a small disk cannot be mounted: {problem}")
-        pytest.skip(f"needs to mount a small disk: {problem}")
+        raise CannotMount(str(error)) from error
+    if made.returncode:
+        raise CannotMount(made.stderr.strip())
     try:
         yield SmallDisk(folder)
     finally:
         subprocess.run([*prefix, "umount", "-l", str(folder)], check=True)
+
+
+@contextmanager
+def small_disk(folder: Path, megabytes: int, owner: int | None = None) -> Iterator[SmallDisk]:
+    """Mount one at `folder`. Where nobody may mount the test is skipped, but not in CI, where it must run."""
+    try:
+        with mounted(folder, megabytes, owner) as disk:
+            yield disk
+    except CannotMount as error:
+        if child_environment().get("CI"):
+            pytest.fail(f"a small disk cannot be mounted: {error}")
+        pytest.skip(f"needs to mount a small disk: {error}")

@@ -231,6 +231,26 @@ async def test_a_reader_that_leaves_is_forgotten(world: World) -> None:
     assert not reader.finished
 
 
+async def test_a_reader_that_left_before_its_stream_began_is_no_fault(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Closed:
+        """uvloop's transport after its connection was lost."""
+
+        def set_write_buffer_limits(self, high: int) -> None:
+            raise RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
+
+    class Gone(Reader):
+        transport = Closed()
+
+    reader = Gone(world, await world.run("a"))
+    reader.gone.set()
+    await reader.read()
+    assert len(world.streams) == 0
+    assert not reader.finished
+    assert not caplog.records
+
+
 async def test_a_quiet_stream_has_a_heartbeat() -> None:
     world = World(heartbeat=0.05)
     await world.hub.start()

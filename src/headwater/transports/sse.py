@@ -151,7 +151,9 @@ async def _respond(
     watcher = asyncio.create_task(_watch(receive, stream))
     limit = getattr(_transport(send), "set_write_buffer_limits", None)
     if callable(limit):
-        limit(high=BUFFER)
+        # uvloop refuses it for a connection that was closed meanwhile; `receive` tells of that.
+        with contextlib.suppress(RuntimeError):
+            limit(high=BUFFER)
     try:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         # Something must follow the headers at once: servers and proxies hold them back until the first byte.

@@ -1,4 +1,4 @@
-"""Clients: people who ask, and readers that follow, leave, return and hop between servers. What they see is recorded.
+"""Readers: they follow, leave, return and hop between servers. What they see is recorded.
 
 A reader is one `Reader` of the history over all its connections. It keeps a cursor and nothing else,
 and ends only when the stream told it so: a terminal event and then the end, or 204.
@@ -7,7 +7,6 @@ and ends only when the stream told it so: a terminal event and then the end, or 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -18,14 +17,13 @@ from typing import Any, Final
 import aiohttp
 import orjson
 
-from chaos.history import TERMINAL, History, Promise, Reader, Seen
+from chaos.history import TERMINAL, History, Reader, Seen
 from headwater.clock import Clock, SystemClock
-from support.openai_scenarios import answer
 
 #: What a connection may meet while things break: it is made again, elsewhere.
 BROKEN: Final = (aiohttp.ClientError, TimeoutError, OSError)
-#: Statuses that say "not now".
-LATER: Final = frozenset({503})
+#: Statuses that say "not now"; the second is looked into afterwards: was there really no room?
+LATER: Final = frozenset({503, 507})
 
 
 class Left(Exception):
@@ -54,6 +52,8 @@ class World:
     accepted_after: list[float] = field(default_factory=list)
     #: Of the request that was answered so: when it began, by time.monotonic(), and seconds it took.
     requests: list[tuple[float, float]] = field(default_factory=list)
+    #: Requests that were refused for want of room: from when to when, in Unix milliseconds, and what was said.
+    refused: list[tuple[int, int, str]] = field(default_factory=list)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     def spawn(self, work: Awaitable[None]) -> None:
@@ -66,6 +66,10 @@ class World:
 
     def complain(self, what: str, status: int, body: str) -> None:
         self.history.complaints.append(f"{status} from {what}: {body[:300]}")
+
+    def no_room(self, began: int, what: str, body: str) -> None:
+        """A request that began at `began`, in Unix milliseconds, was answered with 507."""
+        self.refused.append((began, self.clock.now_ms(), f"507 from {what}: {body[:300]}"))
 
 
 @dataclass(slots=True)
@@ -88,10 +92,11 @@ class Following:
         epoch, _, seq = cursor.rpartition("-")
         if int(seq) != event["seq"]:
             self.world.history.complaints.append(f"{self.reader.name} got {event} under the id {cursor}")
-        self.reader.events.append(Seen(epoch, event["seq"], event["type"], data))
+        now = self.world.clock.now_ms()
+        self.reader.events.append(Seen(epoch, event["seq"], event["type"], data, now))
         self.cursor = cursor
         self.ended = event["type"] in TERMINAL
-        if event["type"] == "content" and self.world.clock.now_ms() - data["at"] < 1000:
+        if event["type"] == "content" and now - data["at"] < 1000:
             self.world.pulse.append(time.monotonic())
         if self.leave_after is not None:
             self.leave_after -= 1
@@ -124,7 +129,7 @@ async def sse(following: Following, base: str, chance: random.Random) -> None:
             # The body came to its regular end: without a terminal event, the server stops and says so.
             reader.finished = following.ended
         else:
-            await _refused(world, "GET /api/stream", response)
+            await refused(world, "GET /api/stream", response)
 
 
 async def poll(following: Following, base: str, chance: random.Random) -> None:
@@ -138,7 +143,7 @@ async def poll(following: Following, base: str, chance: random.Random) -> None:
     address = f"{base}/api/runs/{reader.run_id}/events"
     async with world.http.get(address, params=query, timeout=timeout) as response:
         if response.status != 200:
-            await _refused(world, "GET /api/runs/…/events", response)
+            await refused(world, "GET /api/runs/…/events", response)
             return
         page = orjson.loads(await response.read())
     if page["cursor"] is None:
@@ -231,7 +236,7 @@ class Fleet:
                     one.reader.finished = True
                 return
             if response.status != 200:
-                await _refused(world, "GET /api/stream?runs=", response)
+                await refused(world, "GET /api/stream?runs=", response)
                 return
             async for cursor, event in _frames(response):
                 if cursor:
@@ -264,156 +269,8 @@ def _frame(frame: bytes) -> tuple[str, dict[str, Any]] | None:
     return (fields.get("id", ""), orjson.loads(fields["data"])) if "data" in fields else None
 
 
-async def _refused(world: World, what: str, response: aiohttp.ClientResponse) -> None:
+async def refused(world: World, what: str, response: aiohttp.ClientResponse) -> None:
+    """Note an answer that is neither what was asked for nor "not now", and wait a moment."""
     if response.status not in LATER:
         world.complain(what, response.status, await response.text())
     await world.pause(0.2)
-
-
-# --- people ------------------------------------------------------------------------------------
-
-
-class Person:
-    """Asks one question after another, has each answer read in several ways, and stops some."""
-
-    def __init__(self, world: World, number: int, seed: int) -> None:
-        self._world = world
-        self._name = f"client{number}"
-        self._seed = seed
-        self._chance = random.Random(f"{seed}-{number}")
-        self._numbers = itertools.count(1)
-        self._fleet = Fleet(world, self._name)
-
-    async def live(self) -> None:
-        """Until the harness closes."""
-        self._world.spawn(self._fleet.read(random.Random(self._chance.random())))
-        try:
-            await self._talk()
-        finally:
-            self._fleet.complete.set()
-
-    async def _talk(self) -> None:
-        world, chance = self._world, self._chance
-        chat_id: str | None = None
-        #: The promise of which another answer is wanted.
-        again: Promise | None = None
-        while not world.closing.is_set():
-            if chat_id is None or (again is None and chance.random() < 0.3):
-                chat_id = await self._new_chat()
-            if chat_id is None:
-                return
-            promise = await self._ask(chat_id, again)
-            if promise is None:
-                return
-            first = self._have_it_read(promise)
-            if chance.random() < 0.15:
-                world.spawn(self._stop(promise.run_id, chance.uniform(0, 3)))
-            if chance.random() < 0.2:
-                # Does not wait for the answer and opens another chat meanwhile.
-                chat_id = None
-            while chat_id is not None and not first.finished and not world.closing.is_set():
-                await world.pause(0.05)
-            again = promise if chat_id is not None and chance.random() < 0.2 else None
-            await world.pause(chance.uniform(0, 1))
-
-    def _have_it_read(self, promise: Promise) -> Reader:
-        chance, world = self._chance, self._world
-        readers = []
-        delays = [0.0, *(chance.choice((0.0, 0.5, 3.0, world.late)) for _ in range(chance.randrange(0, 3)))]
-        for index, delay in enumerate(delays):
-            transport = chance.choice(sorted(TRANSPORTS))
-            reader = Reader(f"{self._name}-{promise.run_id[-6:]}-{index}", transport, promise.run_id)
-            world.history.readers.append(reader)
-            world.spawn(follow(Following(reader, world), random.Random(chance.random()), delay))
-            readers.append(reader)
-        if chance.random() < 0.5:
-            self._fleet.add(promise.run_id)
-        return readers[0]
-
-    async def _new_chat(self) -> str | None:
-        key = f"{self._seed}-{self._name}-chat-{next(self._numbers)}"
-        made = await self._insist("/api/chats", {}, key, 201)
-        return str(made["id"]) if made is not None else None
-
-    async def _ask(self, chat_id: str, again: Promise | None) -> Promise | None:
-        """Ask something new, or for another answer to what was asked before. None when nobody takes it."""
-        number, history = next(self._numbers), self._world.history
-        question, words = (again.question, 0) if again is not None else self._question(number)
-        path, body = f"/api/chats/{chat_id}/messages", {"content": question}
-        if again is not None:
-            path, body = f"{path}/{again.message_id}/regenerate", {}
-        key = f"{self._seed}-{self._name}-message-{number}"
-        history.unanswered.add(key)
-        started = time.monotonic()
-        accepted = await self._insist(path, body, key, 202)
-        if accepted is None:
-            return None
-        self._world.accepted_after.append(time.monotonic() - started)
-        promise = Promise(
-            run_id=accepted["task_id"],
-            chat_id=accepted["chat_id"],
-            message_id=accepted["message_id"],
-            user_message_id=again.user_message_id if again is not None else accepted["user_message_id"],
-            question=question,
-            answer=again.answer if again is not None else answer(question, words),
-            key=key,
-        )
-        history.promises.append(promise)
-        history.unanswered.discard(key)
-        return promise
-
-    def _question(self, number: int) -> tuple[str, int]:
-        """Words to ask, and how many the answer has."""
-        chance = self._chance
-        words = chance.choice((3, 20, 40, 60, 120))
-        rate = chance.choice((0, 10, 20, 40))
-        # At most twelve seconds of speech, and a long burst now and then.
-        words, rate = (min(words, rate * 12), rate) if rate else (words * 20, 0)
-        question = f"{self._seed} {self._name} asks number {number} [[words:{words}]] [[rate:{rate}]]"
-        return question, words
-
-    async def _insist(self, path: str, body: dict[str, Any], key: str, wanted: int) -> dict[str, Any] | None:
-        """Repeat a request under its key, now here and now there, until it is answered. None when it never is."""
-        world, last = self._world, "no answer"
-        timeout = aiohttp.ClientTimeout(total=10, sock_connect=2)
-        while not world.over.is_set():
-            base = self._chance.choice(world.endpoints)
-            started = time.monotonic()
-            try:
-                async with world.http.post(
-                    base + path, json=body, headers={"Idempotency-Key": key}, timeout=timeout
-                ) as response:
-                    said = await response.text()
-            except BROKEN as error:
-                last = repr(error)
-                await world.pause(self._chance.uniform(0.05, 0.5))
-                continue
-            last = f"{response.status} {said}"
-            if response.status == wanted:
-                world.requests.append((started, time.monotonic() - started))
-                answered: dict[str, Any] = orjson.loads(said)
-                return answered
-            if response.status not in LATER | {409}:
-                world.complain(f"POST {path}", response.status, said)
-                if response.status < 500:
-                    return None
-            await world.pause(self._chance.uniform(0.1, 0.5))
-        world.history.complaints.append(f"{key} found nobody who took it until the end: {last[:300]}")
-        return None
-
-    async def _stop(self, run_id: str, delay: float) -> None:
-        world = self._world
-        await world.pause(delay)
-        # Noted before it is asked: the answer may be lost on its way back.
-        world.history.stopped(run_id)
-        timeout = aiohttp.ClientTimeout(total=10, sock_connect=2)
-        while not world.over.is_set():
-            base = self._chance.choice(world.endpoints)
-            try:
-                async with world.http.post(f"{base}/api/task/{run_id}/cancel", timeout=timeout) as response:
-                    if response.status not in {200, 202}:
-                        await _refused(world, "POST /api/task/…/cancel", response)
-                    if response.status not in LATER:
-                        return
-            except BROKEN:
-                await world.pause(0.3)
