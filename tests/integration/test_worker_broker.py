@@ -42,13 +42,14 @@ async def test_a_worker_that_starts_while_redis_is_full_takes_work_when_it_is_no
     async with redis.asyncio.Redis.from_url(stack.redis_url) as raw:
         await raw.config_set("maxmemory", 1)
         stack.worker.launch()
-        await eventually(lambda: "maxmemory" in stack.worker.log(), timeout=30)
+        await eventually(lambda: "Frequent restarts" in stack.worker.log(), timeout=30)
         await stack.server.start()
         async with stack.client() as http:
             accepted = await ask(http, "Full [[scenario:hello]]")
             await raw.config_set("maxmemory", 0)
             assert (await Reader(stack.base_url, accepted["task_id"]).read()).text == "Hello, world"
     assert stack.worker.running
+    assert "Traceback" not in stack.worker.log()
 
 
 def _has(reader: Reader, characters: int) -> bool:

@@ -16,7 +16,8 @@ from headwater.messages import Chat, Message, Role
 from headwater.settings import WhenBusy
 
 
-async def test_an_answer_whose_question_is_not_at_hand_cannot_be_made_again_now() -> None:
+@pytest.mark.parametrize("complete", [False, True], ids=["by the journal", "by the rows"])
+async def test_an_answer_whose_question_is_not_at_hand_cannot_be_made_again_now(complete: bool) -> None:
     chat = Chat(new_id(), LOCAL_OWNER, 1, 1)
     # Its question stands in another host's journal.
     answer = Message(new_id(), chat.id, LOCAL_OWNER, Role.ASSISTANT, "Hello", 2, parent_id=new_id())
@@ -26,5 +27,5 @@ async def test_an_answer_whose_question_is_not_at_hand_cannot_be_made_again_now(
         clock = FrozenClock()
 
     planner = Planner(cast("Parts", cast("Any", OnlyAClock())))
-    with pytest.raises(StoreUnavailable, match="not at hand"):
-        await planner.plan(ask, chat, {answer.id: answer}, complete=False)
+    with pytest.raises(StoreUnavailable, match="Try again in a moment"):
+        await planner.plan(ask, chat, {answer.id: answer}, complete=complete)

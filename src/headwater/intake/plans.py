@@ -185,9 +185,9 @@ def _regenerated(ask: Ask, messages: Mapping[str, Message], complete: bool) -> s
     target = _must_know(str(ask.target), messages, complete)
     if target.role is not Role.ASSISTANT:
         raise InvalidInput("Only an answer can be made again. To change a question, send another with its parent_id.")
-    if target.parent_id is not None and not complete:
-        # The answer may be at hand and its question not: another host's journal has it.
-        _must_know(target.parent_id, messages, complete)
+    if target.parent_id is not None and target.parent_id not in messages:
+        # The answer may be at hand, or even stored, and its question not: another host's journal has it.
+        raise StoreUnavailable("The question of this answer is not stored yet. Try again in a moment.")
     return target.parent_id
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from billiard.exceptions import RestartFreqExceeded
 from celery.worker.consumer import Consumer
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ class LastingConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
         broker = (*self.connection_errors, *self.channel_errors)
         for name in ("celery.worker.request", "kombu.asynchronous.hub", "kombu.transport.redis"):
             logging.getLogger(name).addFilter(_OneLine(broker))
+        # It waits a second and goes on: a server that is full refuses each new connection at once.
+        logging.getLogger("celery.worker.consumer.consumer").addFilter(_OneLine((RestartFreqExceeded,)))
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """Take the broken connection apart; Celery reconnects afterwards."""
