@@ -188,6 +188,30 @@ async def test_a_second_question_waits_for_the_answer(visitor: Visitor) -> None:
     await expect(visitor.questions).to_have_count(2)
 
 
+async def test_where_messages_may_wait_a_second_question_is_shown_waiting_and_answered(visitor: Visitor) -> None:
+    async def patient(route: Route) -> None:
+        answer = await route.fetch()
+        await route.fulfill(response=answer, json={**await answer.json(), "when_busy": "enqueue"})
+
+    async def enqueue(route: Route) -> None:
+        asked = json.loads(route.request.post_data or "{}")
+        await route.continue_(post_data={**asked, "when_busy": "enqueue"})
+
+    # As with HEADWATER_WHEN_BUSY=enqueue, which the servers of these tests are not started with.
+    await visitor.page.route("**/api/health", patient)
+    await visitor.page.route(re.compile(r"/api/chats/[^/]+/messages$"), enqueue)
+    await visitor.page.reload()
+    await visitor.ask("Slow " + visitor.script("…", {"wait": "first-answer"}, " done"))
+    await visitor.answering()
+    await visitor.ask("And then?")
+    await expect(visitor.answers).to_have_count(2)
+    await expect(visitor.answers.last).to_contain_text("Waits for the answer before it")
+    visitor.let("first-answer")
+    await expect(visitor.answers.first).to_contain_text("done")
+    await visitor.finished()
+    await expect(visitor.answers.last).not_to_contain_text("Waits")
+
+
 async def test_a_chat_that_answers_elsewhere_says_so_and_loses_nothing(visit: Visit) -> None:
     one = await visit()
     await one.ask("Shared " + one.script("first ", {"wait": "shared"}, "ends"))

@@ -565,8 +565,8 @@ async def test_a_fault_of_ours_is_logged_under_its_request_id_and_tells_nothing(
 
 async def test_health_names_what_is_missing(api: Api) -> None:
     health = await eventually(lambda: _health(api, "postgres", migrated=True))
-    assert set(health) == {"status", "demo", "model", "version", "access", "parts"}
-    assert health["access"] == "open"
+    assert set(health) == {"status", "demo", "model", "version", "when_busy", "access", "parts"}
+    assert (health["access"], health["when_busy"]) == ("open", "reject")
     assert set(health["parts"]) == {"redis", "postgres", "journal", "worker", "queue"}
     assert health["demo"] is True
     assert (health["status"], health["parts"]["worker"]["ok"]) == ("degraded", False)

@@ -139,3 +139,23 @@ test("a list that may not be complete says so and is read again when PostgreSQL 
   await app.health.check();
   assert.equal(lists, 2);
 });
+
+test("while it answers another message can be sent only to a server that would not refuse it, and is shown waiting", async (t) => {
+  const app = page(t);
+  answers = [
+    () => json(202, TAKEN),
+    () => json(202, { task_id: "run2", message_id: "a2", user_message_id: "q2", chat_id: CHAT }),
+  ];
+  await app.send("Why?", null);
+  assert.equal(app.maySend, false);
+  health = { status: "ok", when_busy: "enqueue", parts: {} };
+  await app.health.check();
+  assert.equal(app.maySend, true);
+  await app.send("And then?");
+  const [first, second] = [...app.shown.messages.values()].filter(({ role }) => role === "assistant");
+  assert.deepEqual([second.id, app.view(second).queued], ["a2", true]);
+  assert.equal(app.view(first).queued, undefined);
+  assert.equal(app.shown.messages.get("q2").parent_id, first.id);
+  app.shown.ended("run", { content: "So.", status: "done", end: {} });
+  assert.equal(app.view(second).queued, undefined);
+});

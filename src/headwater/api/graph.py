@@ -95,6 +95,7 @@ async def assemble(settings: Settings, telemetry: Telemetry) -> AsyncIterator[Gr
                 "demo": core.provider.demo,
                 "model": core.provider.model,
                 "version": version("headwater"),
+                "when_busy": settings.when_busy.value,
                 "access": "open" if settings.access_token is None else "token",
             },
         )

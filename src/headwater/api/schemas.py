@@ -256,5 +256,6 @@ class Health(Model):
     demo: bool = Field(description="No model is configured; the built-in demo answers.")
     model: str
     version: str
+    when_busy: WhenBusy = Field(description="What becomes of a message to a chat that is answering.")
     access: Literal["open", "token"] = Field(description="`token`: callers sign in, and may sign out.")
     parts: Mapping[str, Part]

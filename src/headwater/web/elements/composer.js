@@ -12,7 +12,6 @@ export function Composer({ app }) {
   const [error, setError] = useState(null);
   const chatId = app.current;
   const answer = app.shown?.processing;
-  const sending = app.shown?.sending;
   const change = (value) => {
     setText(value);
     saveDraft(app.current, value);
@@ -36,7 +35,7 @@ export function Composer({ app }) {
 
   const send = async () => {
     const content = text.trim();
-    if (!content || answer || sending) return;
+    if (!content || !app.maySend) return;
     change("");
     setError(null);
     try {
@@ -59,11 +58,11 @@ export function Composer({ app }) {
       <textarea id="composer" ref=${field} rows="1" placeholder="Ask anything" value=${text} autocomplete="off"
         aria-describedby="composer-hint" onInput=${({ target }) => change(target.value)} onKeyDown=${onKeyDown}></textarea>
       ${
-        answer
+        answer && !(app.maySend && text.trim())
           ? html`<button key="stop" type="button" class="round stop" aria-label="Stop answering" title="Stop (Esc)"
             disabled=${stopping} onClick=${() => app.stop(answer.run_id)}><${Icon} name="stop" /></button>`
           : html`<button key="send" type="submit" class="round" aria-label="Send" title="Send (Enter)"
-            disabled=${!text.trim() || sending}><${Icon} name="send" /></button>`
+            disabled=${!text.trim() || !app.maySend}><${Icon} name="send" /></button>`
       }
     </div>
     <p class="hint" id="composer-hint"><kbd>Enter</kbd> sends, <kbd>Shift</kbd> <kbd>Enter</kbd> begins a line${answer && html`, <kbd>Esc</kbd> stops`}</p>

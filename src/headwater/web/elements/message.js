@@ -15,7 +15,8 @@ function Thinking({ message, busy, coloured }) {
 }
 
 function Waiting({ message, stopping }) {
-  const words = stopping ? "Stopping…" : message.notice || (message.waiting ? "Waiting for a free worker…" : "");
+  const reason = message.queued ? "Waits for the answer before it…" : message.waiting && "Waiting for a free worker…";
+  const words = stopping ? "Stopping…" : message.notice || reason;
   const percent = Math.round((message.progress ?? 0) * 100);
   return html`<p class="waiting">
     <span class="dots" aria-hidden="true"><i></i><i></i><i></i></span>

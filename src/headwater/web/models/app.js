@@ -74,9 +74,16 @@ export class App {
 
   /** A message as it is now, with what its run has said so far. */
   view(message) {
-    const state = message.status === "processing" ? this.fleet.state(message.run_id) : undefined;
-    if (!state) return message;
-    return { ...message, ...live(state), waiting: state.status === "queued" };
+    if (message.status !== "processing") return message;
+    if (message !== this.shown?.processing) return { ...message, queued: true };
+    const state = this.fleet.state(message.run_id);
+    return state ? { ...message, ...live(state), waiting: state.status === "queued" } : message;
+  }
+
+  /** Whether a message can be sent in the chat on screen: while it answers, only if the server would not refuse it. */
+  get maySend() {
+    const policy = this.health.report?.when_busy ?? "reject";
+    return !this.shown?.sending && (!this.shown?.processing || policy !== "reject");
   }
 
   /** @returns {"running" | "done" | "failed" | null} */
