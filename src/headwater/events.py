@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final, Self
 
@@ -51,21 +51,46 @@ class EventType(StrEnum):
 
 TERMINAL: Final = frozenset({EventType.DONE, EventType.ERROR, EventType.CANCELLED})
 
+#: How `encode` begins.
+_HEAD: Final = re.compile(rb'\{"seq":(\d{1,15}),"type":"([a-z_]+)","at":(\d{1,15})[,}]')
+_TYPES: Final = {kind.value.encode(): kind for kind in EventType}
 
-@dataclass(frozen=True, slots=True)
+
 class Event:
-    """One numbered fact of a run.
+    """One numbered fact of a run. It never changes; a further one is made instead.
 
     `seq` is 0 until the runner stamps it. `at` is Unix time in milliseconds. `data` holds the
     type's own fields, JSON values only.
+
+    One that was decoded reads its `data` only when somebody asks: a server hands most events on as
+    they came, and to take each apart costs more than all else it does with it.
     """
 
-    type: EventType
-    data: Mapping[str, Any]
-    seq: int = 0
-    at: int = 0
-    #: The encoded form, when it is known already. The hub hands the same bytes to every reader.
-    raw: bytes | None = field(default=None, compare=False, repr=False)
+    __slots__ = ("_data", "_raw", "at", "seq", "type")
+
+    def __init__(
+        self,
+        type: EventType,  # noqa: A002  as the wire calls it
+        data: Mapping[str, Any] | None,
+        seq: int = 0,
+        at: int = 0,
+        raw: bytes | None = None,
+    ) -> None:
+        """`raw` is the encoded form where it is known; only with it `data` may be None."""
+        self.type = type
+        self.seq = seq
+        self.at = at
+        self._data = data
+        self._raw = raw
+
+    @property
+    def data(self) -> Mapping[str, Any]:
+        if self._data is None:
+            data = orjson.loads(self._raw or b"")
+            for key in ("seq", "type", "at"):
+                del data[key]
+            self._data = data
+        return self._data
 
     @property
     def terminal(self) -> bool:
@@ -77,18 +102,32 @@ class Event:
 
     def encode(self) -> bytes:
         """One JSON object without newlines: `seq`, `type`, `at`, then the type's own fields."""
-        if self.raw is not None:
-            return self.raw
+        if self._raw is not None:
+            return self._raw
         return _encoded(self.type, self.data, self.seq, self.at)
 
     @classmethod
     def decode(cls, raw: bytes) -> Self:
         """Read what `encode` wrote. Raises ValueError when it is anything else."""
+        head = _HEAD.match(raw)
+        if head is not None and raw.endswith(b"}") and (kind := _TYPES.get(head[2])) is not None:
+            return cls(kind, None, int(head[1]), int(head[3]), raw)
         try:
+            # Not by our hand: the same object with its members in another order, say.
             data = orjson.loads(raw)
             return cls(EventType(data.pop("type")), data, data.pop("seq"), data.pop("at"), bytes(raw))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"not an event: {raw[:80]!r}") from error
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Event):
+            return NotImplemented
+        return (self.type, self.seq, self.at, self.data) == (other.type, other.seq, other.at, other.data)
+
+    __hash__ = None  # type: ignore[assignment]  # `data` is a dict
+
+    def __repr__(self) -> str:
+        return f"Event({self.type.value}, {self.data!r}, seq={self.seq}, at={self.at})"
 
 
 def _encoded(type_: EventType, data: Mapping[str, Any], seq: int, at: int) -> bytes:

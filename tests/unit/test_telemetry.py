@@ -85,3 +85,21 @@ def test_a_failpoint_ends_the_process_at_its_nth_time_and_not_before() -> None:
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
     assert ended.returncode == 137
     assert ended.stdout.split() == ["finish.saved", "finish.told", "finish.saved"]
+
+
+def test_equal_observations_in_one_step_are_those_one_by_one() -> None:
+    one, other = Telemetry(), Telemetry()
+    for value, times in ((0.0, 1), (0.001, 3), (0.0011, 2), (100.0, 2)):
+        one.observe_times("headwater_delivery_seconds", value, times)
+        for _ in range(times):
+            other.observe("headwater_delivery_seconds", value)
+    lines = [
+        [
+            line
+            for line in telemetry.exposition().splitlines()
+            if b"delivery_seconds" in line and b"_created" not in line
+        ]
+        for telemetry in (one, other)
+    ]
+    assert lines[0] == lines[1]
+    assert b"headwater_delivery_seconds_count 8.0" in lines[0]

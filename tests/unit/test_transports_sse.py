@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, MutableMapping, Sequence
 from typing import Any
 
@@ -13,7 +14,8 @@ from headwater.access import Caller
 from headwater.clock import FrozenClock
 from headwater.errors import BadCursor, HeadwaterError, InvalidInput, NotFound, StoreUnavailable, TooMany, Unavailable
 from headwater.events import Event, content, done
-from headwater.hub import Hub
+from headwater.hub import Hub, Subscription
+from headwater.hub.hub import LEAST_PENDING
 from headwater.ids import new_id
 from headwater.runs import Lease, Run
 from headwater.streams.base import Page
@@ -21,7 +23,7 @@ from headwater.streams.memory import MemoryStreamLog
 from headwater.telemetry import Telemetry
 from headwater.transports import sse
 from headwater.transports.base import Streams
-from headwater.transports.sse import MAX_RUNS, StreamEndpoint
+from headwater.transports.sse import MAX_RUNS, TURNS, StreamEndpoint
 from support.wait import eventually
 
 CALLER = Caller("local")
@@ -470,4 +472,39 @@ async def test_the_time_from_the_worker_to_a_socket_is_told_once_per_pushed_batc
     for reader in readers:
         await reader.read()
     # The last batch of a stream is not timed: nobody waits for its write any more.
+    await world.hub.stop()
     assert told == [0.04]
+
+
+async def test_a_reader_of_many_runs_that_takes_nothing_bounds_what_all_of_them_keep(world: World) -> None:
+    runs = [await world.run("first") for _ in range(MAX_RUNS)]
+    kept: list[Subscription] = []
+    subscribe = world.hub.subscribe
+
+    def remember(*arguments: Any, **named: Any) -> Subscription:
+        kept.append(subscribe(*arguments, **named))
+        return kept[-1]
+
+    world.hub.subscribe = remember  # type: ignore[method-assign]
+    reader = Reader(world, None, f"runs={','.join(runs)}").start()
+    await eventually(lambda: reader.body.count(b'"first"') == MAX_RUNS)
+    reads: Counter[str] = Counter()
+    world.telemetry.listen(
+        lambda name, value, labels: reads.update({labels["reason"]: 1} if "reason" in labels else {})
+    )
+    reader.taking.clear()
+    for seq in range(2, 42):
+        for run_id in runs:
+            await world.say(run_id, seq, content("x" * 1000))
+    await eventually(lambda: reads["slow"] + reads["hole"] > 0)
+    most = world.hub.max_pending // MAX_RUNS
+    assert all(one._pending_bytes <= max(most, LEAST_PENDING) for one in kept)
+    # Only so many have read a page that they cannot get rid of.
+    assert reads.total() <= TURNS
+    reader.taking.set()
+    for run_id in runs:
+        await world.say(run_id, 42, done())
+    await reader.read()
+    for run_id in runs:
+        epoch = world.epoch(run_id)
+        assert [one for one in reader.ids if one.startswith(epoch)] == [f"{epoch}-{seq}" for seq in range(1, 43)]

@@ -20,6 +20,8 @@ from headwater.hub import Batch
 #: A comment: keeps proxies and clients from taking a quiet stream for a dead one.
 HEARTBEAT: Final = b": hb\n\n"
 
+_NAMES: Final = {kind: kind.value.encode() for kind in EventType}
+
 
 class Native(Format):
     """One run per stream."""
@@ -45,23 +47,21 @@ class NativeOf(Format):
 def native(batch: Batch, run_id: str | None = None) -> bytes:
     """The batch as SSE frames. With `run_id`, every frame's data names the run."""
     epoch = batch.epoch.encode()
-    head = b"{" if run_id is None else b'{"run_id":"' + run_id.encode() + b'",'
+    head = b"" if run_id is None else b'{"run_id":"%b",' % run_id.encode()
     frames: list[bytes] = []
     if batch.reset:
         # Not an event of the log: it says that what the reader saw belongs to a log that is gone.
         # It has no time of its own, so that every server says the same.
         at = batch.events[0].at if batch.events else 0
         data = {"seq": 0, "type": EventType.RESET.value, "at": at, "reason": "history_lost"}
-        frames += (b"id: ", epoch, b"-0\nevent: reset\ndata: ", head, orjson.dumps(data)[1:], b"\n\n")
-    for event in batch.events:
-        # The event's JSON is spliced, not read and written again: it is the hottest line of the server.
-        frames += (
-            b"id: %b-%d\nevent: %b\ndata: " % (epoch, event.seq, event.type.value.encode()),
-            head,
-            event.encode()[1:],
-            b"\n\n",
-        )
+        frames.append(_frame(epoch, 0, EventType.RESET, head, orjson.dumps(data)))
+    frames += [_frame(epoch, event.seq, event.type, head, event.encode()) for event in batch.events]
     return b"".join(frames)
+
+
+def _frame(epoch: bytes, seq: int, kind: EventType, head: bytes, raw: bytes) -> bytes:
+    # The event's JSON is spliced, not read and written again: it is the hottest line of the server.
+    return b"id: %b-%d\nevent: %b\ndata: %b%b\n\n" % (epoch, seq, _NAMES[kind], head, raw[1:] if head else raw)
 
 
 def said(run_id: str, event: EventType, data: dict[str, Any]) -> bytes:

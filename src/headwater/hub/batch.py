@@ -22,11 +22,13 @@ class Batch:
         self.reset = reset
         #: When its first event was made, in Unix milliseconds, while a batch that was pushed waits to be timed; else 0.
         self.born = 0
-        self._encoded: dict[str, bytes] = {}
+        self._encoded: dict[str, bytes] | None = None
         self._size = -1
 
     def encoded(self, name: str, encode: Callable[[Batch], bytes]) -> bytes:
         """The batch in the format `name`, encoded by the first who asks."""
+        if self._encoded is None:
+            self._encoded = {}
         encoded = self._encoded.get(name)
         if encoded is None:
             encoded = self._encoded[name] = encode(self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from typing import Final, Protocol
 
@@ -24,6 +25,8 @@ PAGE: Final = 512
 #: every connection to Redis, run into each other's time-outs, and keep messages from being accepted.
 READS: Final = 16
 TURN: Final = 3.0
+#: Bytes a reader of one run among many may leave unread at least.
+LEAST_PENDING: Final = 4096
 #: Metas asked for in one round trip, so that the loop is free again in between.
 METAS: Final = 256
 #: Seconds after which a channel that the feed has not confirmed is looked after; the feed may be away for long.
@@ -53,7 +56,7 @@ class _Channel:
 
 
 class Hub(Service):
-    """Followed runs and their readers. Times in seconds, `max_pending` in bytes per reader."""
+    """Followed runs and their readers. Times in seconds, `max_pending` in bytes of pushed events per reader."""
 
     def __init__(
         self,
@@ -63,7 +66,7 @@ class Hub(Service):
         telemetry: Telemetry,
         heartbeat: float = 15.0,
         watchdog: float = 5.0,
-        max_pending: int = 262_144,
+        max_pending: int = 65_536,
         clock: Clock | None = None,
     ) -> None:
         super().__init__("hub")
@@ -78,13 +81,20 @@ class Hub(Service):
         self._feed: Feed | None = None
         self._channels: dict[str, _Channel] = {}
         self._readers = 0
+        #: What is told in bulk: a call of the metrics' library for each message would cost as much as its delivery.
+        self._heard = 0
+        self._delays: Counter[int] = Counter()
         self._turns = asyncio.Semaphore(READS)
 
-    def subscribe(self, run_id: str, after: Cursor | None) -> Subscription:
-        """Follow a run from after the cursor, or from its first event. Registers at once; close it in the end."""
+    def subscribe(self, run_id: str, after: Cursor | None, among: int = 1) -> Subscription:
+        """Follow a run from after the cursor, or from its first event. Registers at once; close it in the end.
+
+        `among`: how many runs the same reader follows. They share what it may leave unread.
+        """
         if self._feed is None:
             raise RuntimeError("The hub is not started.")
-        subscription = Subscription(self, run_id, after, self._loop)
+        bound = self.max_pending if among == 1 else max(self.max_pending // among, LEAST_PENDING)
+        subscription = Subscription(self, run_id, after, self._loop, bound)
         if self.draining.is_set():
             subscription.drain()
             return subscription
@@ -115,7 +125,7 @@ class Hub(Service):
 
     def delivered(self, born: int) -> None:
         """A reader was sent a pushed batch. Its stamp is of the worker's clock: what the two disagree by is in it."""
-        self.telemetry.observe("headwater_delivery_seconds", max(0, self._clock.now_ms() - born) / 1000)
+        self._delays[max(0, self._clock.now_ms() - born)] += 1
 
     async def page(self, run_id: str, after: int) -> Page | None:
         """The next events of the log, or all of the history when there is no log. Raises Unavailable."""
@@ -147,7 +157,7 @@ class Hub(Service):
             follower.fall_behind(reason)
 
     def published(self, run_id: str, epoch: str, events: Sequence[Event]) -> None:
-        self.telemetry.count("headwater_hub_batches_total")
+        self._heard += 1
         channel = self._channels.get(run_id)
         if channel is None:
             return
@@ -158,8 +168,13 @@ class Hub(Service):
             return
         batch = Batch(epoch, events)
         batch.born = events[0].at
+        passed_on = False
         for follower in channel.followers:
-            follower.offer(batch)
+            if follower.offer(batch):
+                passed_on = True
+        if passed_on:
+            self.delivered(batch.born)
+            batch.born = 0
 
     def lost(self) -> None:
         self.telemetry.count("headwater_hub_reconnects_total")
@@ -191,6 +206,15 @@ class Hub(Service):
         feed, self._feed = self._feed, None
         if feed is not None:
             await feed.stop()
+        self._tell()
+
+    def _tell(self) -> None:
+        heard, self._heard = self._heard, 0
+        delays, self._delays = self._delays, Counter()
+        if heard:
+            self.telemetry.count("headwater_hub_batches_total", heard)
+        for delay, times in delays.items():
+            self.telemetry.observe_times("headwater_delivery_seconds", delay / 1000, times)
 
     async def _beat(self) -> None:
         """Wake readers that have been quiet, early enough that none is quiet for longer than `heartbeat`."""
@@ -206,6 +230,7 @@ class Hub(Service):
         """Look after channels that have been silent: the message that would tell may have been lost."""
         while True:
             await asyncio.sleep(min(UNCONFIRMED, self._watchdog) / 2)
+            self._tell()
             now = self._loop.time()
             silent = [channel for channel in self._channels.values() if channel.check_at <= now]
             for at in range(0, len(silent), METAS):

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 from collections import deque
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from headwater.errors import Unavailable
@@ -25,8 +26,6 @@ class Source(Protocol):
     """What a subscription needs of its hub."""
 
     telemetry: Telemetry
-    #: Bytes of pushed events one reader may leave unread.
-    max_pending: int
 
     async def page(self, run_id: str, after: int) -> Page | None: ...
 
@@ -34,7 +33,12 @@ class Source(Protocol):
 
 
 class Subscription:
-    """One reader of one run. `next` may be cancelled and called again; one caller at a time."""
+    """One reader of one run. `next` may be cancelled and called again; one caller at a time.
+
+    While somebody waits in it, and the reader is live, a pushed batch that continues the position goes to `push`
+    first, if that is set: it returns True once it has passed the batch on, and nobody is woken. It must not block and
+    must not close the subscription.
+    """
 
     __slots__ = (
         "_backoff",
@@ -43,7 +47,7 @@ class Subscription:
         "_epoch",
         "_hub",
         "_loop",
-        "_over",
+        "_max_pending",
         "_overflowed",
         "_pending",
         "_pending_bytes",
@@ -53,11 +57,19 @@ class Subscription:
         "_seq",
         "_waiter",
         "drained",
+        "over",
+        "push",
         "run_id",
     )
 
-    def __init__(self, hub: Source, run_id: str, after: Cursor | None, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, hub: Source, run_id: str, after: Cursor | None, loop: asyncio.AbstractEventLoop, max_pending: int
+    ) -> None:
+        """`max_pending`: bytes of pushed events it may leave unread."""
         self.run_id = run_id
+        self.push: Callable[[Batch], bool] | None = None
+        #: The end: the terminal event was handed out, or see `drained`.
+        self.over = False
         #: `next` gave None because the server is stopping, not because the stream ended: come again elsewhere.
         self.drained = False
         self._hub = hub
@@ -73,7 +85,7 @@ class Subscription:
         #: The log may hold more than what was handed out or is pending.
         self._behind = False
         self._reason = "join"
-        self._over = False
+        self._max_pending = max_pending
         self._waiter: asyncio.Future[None] | None = None
         self._beat_due = False
         self._returned_at = loop.time()
@@ -81,31 +93,43 @@ class Subscription:
         self._backoff = FIRST_BACKOFF
 
     async def next(self) -> Batch | None:
-        """The next batch, or None at the end: the terminal event was handed out, or see `drained`.
+        """The next batch, or None once it is `over`.
 
         Waits while nothing happens; never raises because a server is away.
         """
         while True:
-            batch = self._take()
-            if batch is None and self._behind and self._loop.time() >= self._retry_at:
-                batch = await self._catch_up()
-                if batch is None and not self._over:
-                    # Once more from the top: something may have been pushed or said during the read.
-                    continue
-            if batch is not None:
-                self._returned_at = self._loop.time()
+            await self.ready()
+            batch = await self.take()
+            if batch is not None or self.over:
                 return batch
-            if self._over:
-                return None
-            if self._beat_due:
-                self._beat_due = False
-                self._returned_at = self._loop.time()
-                return Batch(self._epoch)
-            await self._wait()
+
+    async def ready(self) -> None:
+        """Wait until `take` may have something, or it is `over`."""
+        while not (self._pending or self.over or self._beat_due or self._is_due()):
+            self._waiter = self._loop.create_future()
+            timer = self._loop.call_at(self._retry_at, self._wake) if self._behind else None
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+                if timer is not None:
+                    timer.cancel()
+
+    async def take(self) -> Batch | None:
+        """What there is now, read from the log if need be. None when that was nothing after all: wait again."""
+        batch = self._take()
+        if batch is None and self._is_due():
+            batch = await self._catch_up()
+        if batch is None and self._beat_due and not self._pending and not self.over:
+            self._beat_due = False
+            batch = Batch(self._epoch)
+        if batch is not None:
+            self._returned_at = self._loop.time()
+        return batch
 
     def close(self) -> None:
         """Leave. A `next` that waits returns None."""
-        self._over = True
+        self.over = True
         self._pending.clear()
         self._pending_bytes = 0
         self._hub.leave(self)
@@ -113,12 +137,33 @@ class Subscription:
 
     # --- what the hub says ----------------------------------------------------------------------
 
-    def offer(self, batch: Batch) -> None:
+    def offer(self, batch: Batch) -> bool:
+        """Take what was pushed. True when it was passed on at once."""
+        if self.push is not None and self._continues(batch) and self.push(batch):
+            self._epoch = batch.epoch
+            self._seq = batch.events[-1].seq
+            self._returned_at = self._loop.time()
+            return True
+        self._keep(batch)
+        return False
+
+    def _continues(self, batch: Batch) -> bool:
+        """Somebody waits, nothing else is due, and the batch goes on where we stand without ending the run."""
+        return (
+            self._waiter is not None
+            and not self._behind
+            and not self._waiter.done()
+            and batch.events[0].seq == self._seq + 1
+            and (batch.epoch == self._epoch or self._seq == 0)
+            and not batch.events[-1].terminal
+        )
+
+    def _keep(self, batch: Batch) -> None:
         if self._overflowed:
             return
         self._pending.append(batch)
         self._pending_bytes += batch.size
-        if self._pending_bytes > self._hub.max_pending:
+        if self._pending_bytes > self._max_pending:
             # The log holds it all; a reader that cannot keep up reads it there, at its own pace.
             self._pending.clear()
             self._pending_bytes = 0
@@ -146,7 +191,7 @@ class Subscription:
             self._wake()
 
     def drain(self) -> None:
-        if not self._over:
+        if not self.over:
             self.drained = True
             self.close()
 
@@ -196,7 +241,7 @@ class Subscription:
             self._behind = True
             raise
         self._backoff = FIRST_BACKOFF
-        return self._accept(page) if page is not None and not self._over else None
+        return self._accept(page) if page is not None and not self.over else None
 
     def _accept(self, page: Page) -> Batch | None:
         """Go on from our position with what was read."""
@@ -220,19 +265,12 @@ class Subscription:
             return None
         batch = Batch(page.epoch, events)
         self._advance(batch)
-        if self._seq < page.count and not self._over:
+        if self._seq < page.count and not self.over:
             self._behind, self._reason = True, "page"
         return batch
 
-    async def _wait(self) -> None:
-        self._waiter = self._loop.create_future()
-        timer = self._loop.call_at(self._retry_at, self._wake) if self._behind else None
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-            if timer is not None:
-                timer.cancel()
+    def _is_due(self) -> bool:
+        return self._behind and self._loop.time() >= self._retry_at
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

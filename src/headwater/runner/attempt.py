@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 from headwater.clock import Clock
@@ -298,14 +298,15 @@ class Attempt:
             messages = self._pipeline.results(run, transcript) if self._pipeline is not None else ()
         except Exception:
             logger.exception("The results of run %s cannot be made", self._run.id)
-            end = replace(endings.internal(), at=now)
+            internal = endings.internal()
+            end = Event(internal.type, internal.data, 0, now)
             run = endings.ended(self._run, end, transcript, usage)
         data = dict(end.data)
         if usage is not None:
             data["usage"] = dict(usage)
         if run.message_id is not None:
             data["message_id"] = run.message_id
-        return run, replace(end, data=data), [*map(Record.of, messages), Record.of(run)]
+        return run, Event(end.type, data, end.seq, end.at), [*map(Record.of, messages), Record.of(run)]
 
     async def _keep_running(self) -> None:
         await self._keep([Record.of(self._run)])

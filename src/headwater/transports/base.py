@@ -53,13 +53,15 @@ class Read(Protocol):
 class Stream:
     """One open response."""
 
-    __slots__ = ("_abort", "_close", "ending", "sending_since")
+    __slots__ = ("_abort", "_close", "ending", "sending_since", "wrote_at")
 
     def __init__(self, close: Callable[[], None], abort: Callable[[], None]) -> None:
         #: Why it ends before its runs do: `gone`, `draining` or `slow`.
         self.ending: str | None = None
         #: Loop time at which a write began that has not returned; None between writes.
         self.sending_since: float | None = None
+        #: Loop time of the last write.
+        self.wrote_at = 0.0
         self._close = close
         self._abort = abort
 

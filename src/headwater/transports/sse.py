@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 from urllib.parse import parse_qs
 
@@ -31,6 +31,7 @@ from headwater.formats.native import HEARTBEAT, Native, NativeOf, said
 from headwater.hub import Hub, Subscription
 from headwater.ids import is_id
 from headwater.transports.base import May, MayEach, Read, Receive, Scope, Send, Stream, Streams, cursor_of
+from headwater.transports.direct import direct
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ LOOK: Final = 1.0
 LARGE: Final = 4096
 #: Bytes a connection may buffer beside the frame under way.
 BUFFER: Final = 16_384
+#: Runs of one connection that may read their log at once.
+TURNS: Final = 4
 #: Seconds of silence on a stream of several runs after which a heartbeat is worth its bytes.
 QUIET: Final = 5.0
 
@@ -96,7 +99,7 @@ class StreamEndpoint:
         subscription = self._hub.subscribe(run_id, after)
         try:
             with self._streams.open("sse", caller.owner_id, subscription.close, _cutter(send)) as stream:
-                await _respond(stream, headers, _frames(subscription, self._format, self._hub), receive, send)
+                await _respond(stream, headers, receive, send, self._hub, [(subscription, self._format)])
         finally:
             subscription.close()
 
@@ -120,8 +123,11 @@ class StreamEndpoint:
                 if not follow and not refused:
                     await _no_content(send, headers)
                     return
-                subscriptions.update((run_id, self._hub.subscribe(run_id, after)) for run_id, after in follow.items())
-                await _respond(stream, headers, _merged(subscriptions, refused), receive, send)
+                for run_id, after in follow.items():
+                    subscriptions[run_id] = self._hub.subscribe(run_id, after, among=len(follow))
+                followed = [(one, NativeOf(run_id)) for run_id, one in subscriptions.items()]
+                first = [_refusal(run_id, error) for run_id, error in refused.items()]
+                await _respond(stream, headers, receive, send, self._hub, followed, first)
         finally:
             close()
 
@@ -144,10 +150,15 @@ class StreamEndpoint:
 
 
 async def _respond(
-    stream: Stream, headers: Headers, frames: AsyncGenerator[tuple[bytes, bool]], receive: Receive, send: Send
+    stream: Stream,
+    headers: Headers,
+    receive: Receive,
+    send: Send,
+    hub: Hub,
+    followed: Sequence[tuple[Subscription, Format]],
+    first: Sequence[bytes] = (),
 ) -> None:
-    """Headers, then frames until the runs end or the stream must. Never raises for a reader that is gone."""
-    loop = asyncio.get_running_loop()
+    """Headers, `first`, then frames until the runs end or the stream must. Never raises for a reader that is gone."""
     watcher = asyncio.create_task(_watch(receive, stream))
     limit = getattr(_transport(send), "set_write_buffer_limits", None)
     if callable(limit):
@@ -157,21 +168,16 @@ async def _respond(
     try:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         # Something must follow the headers at once: servers and proxies hold them back until the first byte.
-        await send(_body(_retry()))
-        async with contextlib.aclosing(frames):
-            async for frame, last in frames:
-                stream.sending_since = loop.time()
-                await send(_body(frame, more=not last))
-                if len(frame) > LARGE and not last:
-                    # A write returns though nothing was taken yet. What is read next for this reader would only lie
-                    # here, so wait until it took this; an empty body does that and sends nothing.
-                    del frame
-                    await send(_body(b""))
-                stream.sending_since = None
-                if last or stream.ending in ("gone", "slow"):
-                    break
-            else:
-                await _farewell(stream, send)
+        await send(_body(b"".join((_retry(), *first))))
+        frames = _Frames(stream, send, hub, several=len(followed) > 1)
+        if len(followed) == 1:
+            await frames.follow(*followed[0])
+        else:
+            async with asyncio.TaskGroup() as tasks:
+                for subscription, form in followed:
+                    tasks.create_task(frames.follow(subscription, form))
+        if stream.ending not in ("gone", "slow"):
+            await frames.end(b": the server stops, come back in a moment\n" + _retry() if stream.ending else b"")
         if stream.ending == "slow":
             # The server must have seen the cut before we return, or it reports a response left unfinished.
             await asyncio.wait([watcher], timeout=1.0)
@@ -183,72 +189,74 @@ async def _respond(
         watcher.cancel()
 
 
-async def _farewell(stream: Stream, send: Send) -> None:
-    if stream.ending in ("gone", "slow"):
-        return
-    goodbye = b": the server stops, come back in a moment\n" + _retry() if stream.ending else b""
-    await send(_body(goodbye, more=False))
+class _Frames:
+    """The frames on one reader's socket: of one run, or of several as they come.
 
+    What is pushed while nothing else is under way goes straight to the transport where that can be, see direct.py.
+    """
 
-async def _frames(
-    subscription: Subscription, form: Format, hub: Hub | None = None
-) -> AsyncGenerator[tuple[bytes, bool]]:
-    """Frames, and whether each is the last. With a hub it hears how long pushed batches took, once per batch."""
-    while (batch := await subscription.next()) is not None:
-        last = bool(batch.events) and batch.events[-1].terminal
-        frame = [form.render(batch) or HEARTBEAT]
-        born = 0
-        if hub is not None:
-            # The first reader who comes to it stands for all: a figure per reader would cost more than it says.
-            born, batch.born = batch.born, 0
-        # A reader that takes nothing keeps us in the yield: hold nothing meanwhile.
-        del batch
-        yield frame.pop(), last
-        if last:
-            return
-        if born and hub is not None:
-            hub.delivered(born)
+    __slots__ = ("_hub", "_loop", "_push", "_send", "_several", "_stream", "_turns", "_writing")
 
+    def __init__(self, stream: Stream, send: Send, hub: Hub, *, several: bool) -> None:
+        self._stream = stream
+        self._send = send
+        self._hub = hub
+        self._several = several
+        self._push = direct(send, stream)
+        self._loop = asyncio.get_running_loop()
+        # A reader that takes nothing makes all its runs wait, and each that waits with a page of its log in hand costs
+        # that page. So few may read their logs at once.
+        self._turns = asyncio.Semaphore(TURNS)
+        self._writing = asyncio.Lock()
 
-async def _merged(
-    subscriptions: Mapping[str, Subscription], refused: Mapping[str, HeadwaterError]
-) -> AsyncGenerator[tuple[bytes, bool]]:
-    """The frames of several runs as they come, until every run has ended; first why some are not among them."""
-    for run_id, error in refused.items():
-        data = {"code": error.code, "message": str(error), "retryable": error.retryable}
-        yield said(run_id, EventType.ERROR, data), False
-    # Bounded: a slow reader makes the pumps wait, and then the hub bounds what each run may pile up.
-    queue: asyncio.Queue[tuple[bytes, bool]] = asyncio.Queue(maxsize=16)
+    async def follow(self, subscription: Subscription, form: Format) -> None:
+        """Write a run's frames until its subscription is over."""
+        if self._push is not None:
+            subscription.push = self._push(form)
+        while not subscription.over:
+            await subscription.ready()
+            async with self._turns:
+                batch = await subscription.take()
+                if batch is not None:
+                    # In a list, to be taken out of it: while the reader takes nothing, nothing is held for it here.
+                    frame, born, batch.born = [form.render(batch)], batch.born, 0
+                    batch = None
+                    await self._write(frame)
+                    if born and not subscription.over:
+                        self._hub.delivered(born)
 
-    async def pump(run_id: str, subscription: Subscription) -> None:
-        try:
-            async for frame, _ in _frames(subscription, NativeOf(run_id)):
-                await queue.put((frame, False))
-        except Exception:
-            logger.exception("run %s on a stream of several broke", run_id)
-        await queue.put((b"", True))
+    async def end(self, goodbye: bytes) -> None:
+        self._stream.sending_since = self._loop.time()
+        await self._send(_body(goodbye, more=False))
 
-    loop = asyncio.get_running_loop()
-    pumps = [asyncio.create_task(pump(run_id, one)) for run_id, one in subscriptions.items()]
-    live, sent = len(pumps), loop.time()
-    try:
-        while live:
-            frame, ended = await queue.get()
-            live -= ended
-            if not frame or (frame is HEARTBEAT and loop.time() - sent < QUIET):
-                continue
-            sent = loop.time()
-            yield frame, False
-    finally:
-        for task in pumps:
-            task.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)
+    async def _write(self, frame: list[bytes]) -> None:
+        stream = self._stream
+        if not frame[0]:
+            if self._several and self._loop.time() - stream.wrote_at < QUIET:
+                return
+            frame[0] = HEARTBEAT
+        large = len(frame[0]) > LARGE
+        async with self._writing:
+            if stream.ending in ("gone", "slow"):
+                return
+            stream.sending_since = stream.wrote_at = self._loop.time()
+            await self._send(_body(frame.pop()))
+            if large:
+                # A write returns though nothing was taken yet. What is read next for this reader would only lie
+                # here, so wait until it took this; an empty body does that and sends nothing.
+                await self._send(_body(b""))
+            stream.sending_since = None
 
 
 async def _watch(receive: Receive, stream: Stream) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     stream.end("gone")
+
+
+def _refusal(run_id: str, error: HeadwaterError) -> bytes:
+    data = {"code": error.code, "message": str(error), "retryable": error.retryable}
+    return said(run_id, EventType.ERROR, data)
 
 
 async def _no_content(send: Send, headers: Headers) -> None:

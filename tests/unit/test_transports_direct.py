@@ -1,0 +1,185 @@
+"""When a stream's frames may go past uvicorn's `send`: only where everything is as it is known."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+from headwater.events import content
+from headwater.formats.base import Format
+from headwater.formats.native import Native
+from headwater.hub import Batch
+from headwater.transports.base import Send, Stream
+from headwater.transports.direct import SMALL, direct
+
+
+class Transport:
+    """Keeps what is written."""
+
+    def __init__(self) -> None:
+        self.written = b""
+        self.closed = False
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+
+async def response() -> tuple[Any, Transport]:
+    """uvicorn's own response, started."""
+    transport: Any = Transport()
+    cycle = RequestResponseCycle(
+        scope={"type": "http", "method": "GET"},  # type: ignore[typeddict-item]  # all it reads of it
+        transport=transport,
+        flow=FlowControl(transport),
+        logger=logging.getLogger(),
+        access_logger=logging.getLogger(),
+        access_log=False,
+        default_headers=[],
+        message_event=asyncio.Event(),
+        expect_100_continue=False,
+        keep_alive=True,
+        on_response=lambda: None,
+    )
+    await cycle.send({"type": "http.response.start", "status": 200, "headers": []})
+    transport.written = b""
+    return cycle, transport
+
+
+def stream() -> Stream:
+    return Stream(lambda: None, lambda: None)
+
+
+def batch(*texts: str) -> Batch:
+    return Batch("e", [content(text).stamped(seq, 1) for seq, text in enumerate(texts, 1)])
+
+
+async def test_the_bytes_are_those_of_send() -> None:
+    cycle, transport = await response()
+    make = direct(cycle.send, stream())
+    assert make is not None
+    assert make(Native())(batch("one", "zwei ü", "\n"))
+    straight, transport.written = transport.written, b""
+    body = Native().render(batch("one", "zwei ü", "\n"))
+    await cycle.send({"type": "http.response.body", "body": body, "more_body": True})
+    assert straight == transport.written != b""
+
+
+async def test_one_chunk_serves_every_reader_of_a_format() -> None:
+    made = 0
+
+    class Counting(Native):
+        def frames(self, batch: Batch) -> bytes:
+            nonlocal made
+            made += 1
+            return super().frames(batch)
+
+    shared = batch("one")
+    for _ in range(3):
+        cycle, transport = await response()
+        make = direct(cycle.send, stream())
+        assert make is not None
+        assert make(Counting())(shared)
+        assert b"one" in transport.written
+    assert made == 1
+
+
+async def test_a_format_with_a_memory_is_asked_for_each_reader_and_only_for_what_is_written() -> None:
+    class Counted(Format):
+        name: ClassVar[str] = "counted"
+        shared: ClassVar[bool] = False
+
+        def __init__(self) -> None:
+            self.count = 0
+
+        def frames(self, batch: Batch) -> bytes:
+            self.count += 1
+            return b"" if self.count == 1 else b"%d" % self.count
+
+    cycle, transport = await response()
+    make = direct(cycle.send, stream())
+    assert make is not None
+    push = make(Counted())
+    assert not push(batch("x" * SMALL))
+    # Nothing to say is no chunk: an empty one ends the response.
+    assert push(batch("a"))
+    assert transport.written == b""
+    assert push(batch("a"))
+    assert transport.written == b"1\r\n2\r\n"
+
+
+async def test_a_reader_that_does_not_keep_up_is_left_to_send() -> None:
+    cycle, transport = await response()
+    make = direct(cycle.send, stream())
+    assert make is not None
+    push = make(Native())
+    cycle.flow.pause_writing()
+    assert not push(batch("a"))
+    cycle.flow.resume_writing()
+    assert push(batch("a"))
+    transport.closed = True
+    assert not push(batch("a"))
+    transport.closed = False
+    assert not push(batch("x" * SMALL))
+
+
+def _without(name: str, part: str | None = None) -> Callable[[Any], Any]:
+    def spoil(cycle: Any) -> Any:
+        delattr(cycle if part is None else getattr(cycle, part), name)
+        return cycle.send
+
+    return spoil
+
+
+def _with(name: str, value: Any) -> Callable[[Any], Any]:
+    def spoil(cycle: Any) -> Any:
+        setattr(cycle, name, value)
+        return cycle.send
+
+    return spoil
+
+
+def _wrapped(cycle: Any) -> Send:
+    async def send(message: Any) -> None:
+        await cycle.send(message)
+
+    return send
+
+
+def _other(cycle: Any) -> Any:
+    class RequestResponseCycle:
+        async def send(self, message: Any) -> None: ...
+
+    return RequestResponseCycle().send
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        _wrapped,
+        _other,
+        _without("flow"),
+        _without("transport"),
+        _without("chunked_encoding"),
+        _without("write_paused", "flow"),
+        _without("scope"),
+        _with("scope", {}),
+        _with("scope", {"method": "HEAD"}),
+        _with("transport", object()),
+        _with("chunked_encoding", None),
+        _with("response_started", False),
+        _with("response_complete", True),
+    ],
+)
+async def test_a_server_that_is_not_as_it_is_known_is_written_to_by_send(spoil: Callable[[Any], Any]) -> None:
+    cycle, _ = await response()
+    assert direct(cycle.send, stream()) is not None
+    assert direct(spoil(cycle), stream()) is None
