@@ -38,6 +38,12 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 
+def reason(error: BaseException) -> str:
+    """What an error says, for a log or a message; time-outs and some others of foreign code say nothing themselves."""
+    said = str(error).strip()
+    return said or ("no answer in time" if isinstance(error, TimeoutError) else type(error).__name__)
+
+
 class HeadwaterError(Exception):
     """Base of all errors. `code` is stable and machine-readable; `str(error)` is a sentence for a person."""
 

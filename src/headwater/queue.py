@@ -19,6 +19,7 @@ from celery import Celery
 from kombu.entity import Exchange, Queue
 from kombu.exceptions import LimitExceeded, OperationalError
 
+from headwater.errors import reason
 from headwater.runs import Run
 from headwater.service import Service
 from headwater.settings import Settings
@@ -251,7 +252,7 @@ class Dispatcher(Service):
     def _again(self, run: Run, error: Exception, *, first: bool) -> None:
         self._telemetry.count("headwater_enqueue_failed_total")
         if first:
-            logger.warning("Run %s cannot be handed to Celery now and is tried again: %s", run.id, error)
+            logger.warning("Run %s cannot be handed to Celery now and is tried again: %s", run.id, reason(error))
         with self._changed:
             if len(self._waiting) < self._limit:
                 self._waiting.appendleft(run)

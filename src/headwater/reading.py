@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from headwater.access import Caller, may
-from headwater.errors import HeadwaterError, LogUnavailable, NotFound, StoreUnavailable, Unavailable
+from headwater.errors import HeadwaterError, LogUnavailable, NotFound, StoreUnavailable, Unavailable, reason
 from headwater.ids import is_id
 from headwater.journal import Journal
 from headwater.messages import Chat, Message
@@ -226,7 +226,7 @@ class Reading:
                 return await self._log.metas(run_ids)
         except (LogUnavailable, TimeoutError) as error:
             # The rows are older than the log but true; the live part is back when Redis is.
-            logger.warning("runs are shown without their live state: %s", error)
+            logger.warning("runs are shown without their live state: %s", reason(error))
             return [None] * len(run_ids)
 
 

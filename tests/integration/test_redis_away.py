@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from support.wait import eventually
 #: Seconds a message may take to be accepted before its sender gives up. Not a measure of speed: one second is meant.
 PATIENCE = 5.0
 WORDS = 60
+#: A line that announces a reason and gives none.
+NO_REASON = re.compile(r"^.*(?:: \.|:) *$|^.*: \. .*$", re.MULTILINE)
 
 
 @pytest_asyncio.fixture(scope="module")
@@ -157,7 +160,9 @@ async def test_an_answer_goes_on_and_messages_are_taken(stack: Stack, name: str)
         await whole(stack, http, also, await also_reading, answer(second, WORDS))
     for process in stack.processes:
         assert process.running
-        assert "Traceback" not in process.log()[said[process.name] :], process.log()[said[process.name] :]
+        log = process.log()[said[process.name] :]
+        assert "Traceback" not in log, log
+        assert NO_REASON.findall(log) == []
 
 
 async def whole(stack: Stack, http: httpx.AsyncClient, accepted: dict[str, Any], reader: Reader, text: str) -> None:

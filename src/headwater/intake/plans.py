@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from headwater.access import Caller
-from headwater.errors import InvalidInput, LogUnavailable, NotFound, StoreUnavailable
+from headwater.errors import InvalidInput, LogUnavailable, NotFound, StoreUnavailable, reason
 from headwater.ids import new_id
 from headwater.intake import checks
 from headwater.intake.parts import LOG_WAIT, Parts
@@ -167,7 +167,7 @@ class Planner:
                         transcript.fold(event)
                     after = page.events[-1].seq
         except (LogUnavailable, TimeoutError) as error:
-            logger.warning("an earlier answer is left out of what the model sees: %s", error)
+            logger.warning("an earlier answer is left out of what the model sees: %s", reason(error))
         return transcript.content
 
 

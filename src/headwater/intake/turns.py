@@ -29,6 +29,7 @@ from headwater.errors import (
     RecordRefused,
     StoreUnavailable,
     Unavailable,
+    reason,
 )
 from headwater.intake import checks
 from headwater.intake.parts import LOG_WAIT, Locks, Parts, Patience
@@ -225,7 +226,7 @@ class Turns:
             async with asyncio.timeout(LOG_WAIT):
                 return dict(zip(ids, await self._parts.log.metas(ids), strict=True))
         except (LogUnavailable, TimeoutError) as error:
-            logger.warning("cannot see whether earlier answers ended: %s", error)
+            logger.warning("cannot see whether earlier answers ended: %s", reason(error))
             return dict.fromkeys(ids)
 
     async def _announce(self, run: Run) -> None:
@@ -234,7 +235,7 @@ class Turns:
                 await self._parts.log.open(run, self._parts.settings.queue_grace)
         except (LogUnavailable, TimeoutError) as error:
             # The sweeper finds a run that was not announced.
-            logger.warning("run %s is accepted and waits for Redis: %s", run.id, error)
+            logger.warning("run %s is accepted and waits for Redis: %s", run.id, reason(error))
         self._parts.telemetry.step("accept.announced")
         self._parts.enqueue(run)
         self._parts.telemetry.step("accept.enqueued")

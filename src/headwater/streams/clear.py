@@ -8,7 +8,7 @@ from typing import Final
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from headwater.errors import LogUnavailable
+from headwater.errors import LogUnavailable, reason
 from headwater.streams import keys
 from headwater.streams.probe import shown
 
@@ -39,4 +39,4 @@ async def clear(url: str, queues: Sequence[str]) -> int:
                 if cursor == 0:
                     return len(runs)
     except (RedisError, OSError) as error:
-        raise LogUnavailable(f"Redis at {shown(url)} does not answer: {error}. Check REDIS_URL.") from None
+        raise LogUnavailable(f"Redis at {shown(url)} does not answer: {reason(error)}. Check REDIS_URL.") from None

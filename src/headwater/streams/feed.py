@@ -19,6 +19,7 @@ from typing import Any, Final
 import hiredis
 from redis.asyncio.connection import parse_url
 
+from headwater.errors import reason
 from headwater.events import Event
 from headwater.streams import keys, wire
 from headwater.streams.base import Feed, FeedSink
@@ -98,7 +99,7 @@ class RedisFeed(Feed):
             try:
                 connection = await self._connect()
             except (OSError, TimeoutError, Refused) as error:
-                logger.warning("The feed cannot connect: %s: %s", type(error).__name__, error)
+                logger.warning("The feed cannot connect: %s: %s", type(error).__name__, reason(error))
             except Exception:
                 # A certificate that cannot be read, say. Whoever mends it should not have to restart us.
                 logger.exception("The feed cannot connect")

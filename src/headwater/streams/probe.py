@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from headwater.errors import LogUnavailable
+from headwater.errors import LogUnavailable, reason
 
 #: Seconds to wait for a server that does not answer.
 _PATIENCE: Final = 3.0
@@ -47,7 +47,7 @@ async def redis_facts(url: str) -> RedisFacts:
             round_trip = time.perf_counter() - begun
             info = await client.info()
     except (RedisError, OSError, ValueError) as error:
-        raise LogUnavailable(f"Redis at {shown(url)} does not answer: {error}. Check REDIS_URL.") from None
+        raise LogUnavailable(f"Redis at {shown(url)} does not answer: {reason(error)}. Check REDIS_URL.") from None
     return RedisFacts(
         version=str(info.get("valkey_version") or info.get("redis_version", "unknown")),
         policy=str(info.get("maxmemory_policy", "unknown")),

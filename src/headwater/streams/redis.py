@@ -25,7 +25,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError
 from redis.retry import Retry as SyncRetry
 
-from headwater.errors import Fenced, LeaseHeld, LogClosed, LogLost, LogUnavailable
+from headwater.errors import Fenced, LeaseHeld, LogClosed, LogLost, LogUnavailable, reason
 from headwater.events import Event
 from headwater.runs import Lease, Run, RunState
 from headwater.streams import keys
@@ -399,5 +399,5 @@ def _meta(run_id: str, now: int, values: Sequence[bytes | None]) -> Meta | None:
 
 def _unavailable(error: Exception) -> NoReturn:
     raise LogUnavailable(
-        f"Redis does not answer: {type(error).__name__}: {error}. Check REDIS_URL and `headwater doctor`."
+        f"Redis does not answer: {type(error).__name__}: {reason(error)}. Check REDIS_URL and `headwater doctor`."
     ) from error

@@ -12,7 +12,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from headwater.errors import LogUnavailable
+from headwater.errors import LogUnavailable, reason
 from headwater.events import Event
 from headwater.streams import keys
 from headwater.streams.probe import shown
@@ -115,7 +115,7 @@ async def _answer(url: str, call: Any) -> Any:
     try:
         return await call
     except (RedisError, OSError) as error:
-        raise LogUnavailable(f"Redis at {shown(url)} does not answer: {error}. Check REDIS_URL.") from None
+        raise LogUnavailable(f"Redis at {shown(url)} does not answer: {reason(error)}. Check REDIS_URL.") from None
 
 
 def _run_id(key: str) -> str:
