@@ -62,7 +62,12 @@ async def open_core(settings: Settings, telemetry: Telemetry, celery: Celery, st
     """Make the parts; `stack` closes them. Nothing runs yet. Raises SettingsError and JournalUnavailable."""
     clock = SystemClock()
     arm(telemetry, settings.failpoint)
-    log = streams.connect(settings.need_redis(), ttl=settings.stream_ttl, lease_seconds=settings.lease_seconds)
+    log = streams.connect(
+        settings.need_redis(),
+        ttl=settings.stream_ttl,
+        lease_seconds=settings.lease_seconds,
+        compress_over=settings.compress_over,
+    )
     stack.push_async_callback(log.close)
     store = Store(settings.need_database(), pool_size=settings.db_pool_size, wait=settings.db_wait)
     stack.push_async_callback(store.close)

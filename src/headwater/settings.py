@@ -112,6 +112,12 @@ class Settings(BaseSettings):
     stream_ttl: int = Field(
         3600, alias="HEADWATER_STREAM_TTL", gt=0, description="Seconds a run's log stays in Redis after its last event."
     )
+    compress_over: int = Field(
+        4096,
+        alias="HEADWATER_COMPRESS_OVER",
+        ge=0,
+        description="Bytes above which a log is compressed in Redis five minutes after its run ended; 0 for never.",
+    )
     lease_seconds: float = Field(
         10.0, alias="HEADWATER_LEASE_SECONDS", ge=1, description="A worker that is silent for so long has lost its run."
     )

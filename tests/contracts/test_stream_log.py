@@ -11,15 +11,20 @@ from headwater.errors import Fenced, LeaseHeld, LogClosed, LogLost
 from headwater.events import Cursor, Event, EventType
 from headwater.runs import RunState
 from headwater.streams.base import PAGE_BYTES, Appended, Renewed, StreamLog
-from support.streams import MemoryWorld, RedisWorld, World, end, new_run, numbered, seqs, texts
+from support.streams import MemoryWorld, PackedWorld, RedisWorld, World, end, new_run, numbered, seqs, texts
 
 #: Seconds; short enough to wait for on a real server.
 SHORT = 0.05
 
 
-@pytest.fixture(params=["memory", "redis"])
+@pytest.fixture(params=["memory", "redis", "packed"])
 async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
-    world: World = MemoryWorld() if request.param == "memory" else RedisWorld(request.getfixturevalue("redis_url"))
+    world: World
+    if request.param == "memory":
+        world = MemoryWorld()
+    else:
+        kind = RedisWorld if request.param == "redis" else PackedWorld
+        world = kind(request.getfixturevalue("redis_url"))
     yield world
     await world.close()
 
@@ -535,7 +540,7 @@ class TestRemind:
     async def test_a_run_that_was_lost_sight_of_is_due_again(self, log: StreamLog, world: World) -> None:
         queued, running = new_run(), new_run()
         await log.open(queued, 0)
-        await log.claim(running, "worker")
+        await world.another(lease_seconds=SHORT).claim(running, "worker")
         await world.lease_runs_out(running.id)
         for run in (queued, running):
             await world.lose_sight(run.id)

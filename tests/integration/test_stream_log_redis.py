@@ -16,9 +16,12 @@ import pytest
 from chaos.proxy import Proxy
 from headwater.errors import LogLost, LogUnavailable
 from headwater.events import Event
-from headwater.runs import Lease, Run
+from headwater.runs import Lease, Run, RunState
 from headwater.streams import connect
-from headwater.streams.redis import RedisStreamLog, SyncMetaReader
+from headwater.streams.base import StreamLog
+from headwater.streams.packing import FRAME_BYTES
+from headwater.streams.redis import RedisStreamLog
+from headwater.streams.sync import SyncMetaReader
 from support.own_redis import CERTIFICATE, frozen, own_redis, tls_in_front_of
 from support.streams import RedisWorld, end, new_run, numbered, seqs, texts
 from support.wait import eventually
@@ -359,6 +362,114 @@ class TestTrips:
                 with pytest.raises(LogUnavailable, match="given back"):
                     await call
             await world.close()
+
+
+class TestPacking:
+    """The log of a run that ended some time ago becomes zstd frames; nobody who reads it can tell."""
+
+    def packer(self, world: RedisWorld, *, over: int = 1000, after: float = 0) -> StreamLog:
+        return RedisStreamLog(world.url, ttl=3600, lease_seconds=10, compress_over=over, compress_after=after)
+
+    async def ended(self, world: RedisWorld, *texts_: str) -> Lease:
+        lease = await world.log.claim(new_run(), "worker")
+        await world.log.append(lease, texts(1, *texts_))
+        await world.log.append(lease, [end(len(texts_) + 1)])
+        await world.look_soon(lease.run_id)
+        return lease
+
+    async def packed(self, world: RedisWorld, lease: Lease) -> str | None:
+        packed: str | None = await world.raw.hget(f"stream:{{{lease.run_id}}}:metadata", "packed")
+        return packed
+
+    async def test_it_says_the_same_from_everywhere_takes_less_and_lives_as_long(self, world: RedisWorld) -> None:
+        lease = await self.ended(world, *(f" word {n}" for n in range(500)))
+        chunks, before = f"stream:{{{lease.run_id}}}:chunks", await world.events(lease.run_id)
+        await world.raw.expire(chunks, 1234)
+        size = await world.raw.memory_usage(chunks)
+        log = self.packer(world)
+        assert await log.due(10) == []
+        assert await self.packed(world, lease) == "1"
+        assert await world.raw.llen(chunks) == 1
+        assert 1200 < await world.raw.ttl(chunks) <= 1234
+        assert await world.raw.memory_usage(chunks) < size / 5
+        assert await world.raw.zscore("headwater:due", lease.run_id) is None
+        assert await world.events(lease.run_id) == before
+        for after, limit in ((0, 1), (1, 7), (250, 1000), (499, 10), (500, 1), (501, 5), (9999, 5)):
+            page = await world.log.read(lease.run_id, after, limit)
+            assert page is not None
+            assert (page.epoch, page.count, page.closed) == (lease.epoch, 501, True)
+            assert list(page.events) == before[after : after + limit]
+        meta = await world.log.meta(lease.run_id)
+        assert meta is not None
+        assert (meta.count, meta.status) == (501, RunState.DONE)
+        await log.close()
+
+    async def test_a_reader_on_its_way_through_sees_no_hole(self, world: RedisWorld) -> None:
+        # Events of very different sizes, so that frames end anywhere.
+        lease = await self.ended(world, *("x" * (n * 7919 % 40_000) for n in range(60)), "y" * (2 * FRAME_BYTES), "z")
+        before = await world.events(lease.run_id)
+        page = await world.log.read(lease.run_id, 0, 5)
+        assert page is not None
+        seen = list(page.events)
+        log = self.packer(world)
+        await log.due(10)
+        assert len((await self.packed(world, lease) or "").split(",")) > 5
+        while (page := await world.log.read(lease.run_id, len(seen), 5)) is not None and page.events:
+            seen += page.events
+        assert seen == before
+        await log.close()
+
+    async def test_what_is_small_or_runs_or_ended_just_now_stays_readable(self, world: RedisWorld) -> None:
+        small, running = await self.ended(world, "a"), await world.written(new_run(), 100)
+        await world.look_soon(running.run_id)
+        log = self.packer(world)
+        assert await log.due(10) == []
+        fresh = await self.ended(world, "b" * 2000)
+        later = self.packer(world, after=60)
+        assert await later.due(10) == []
+        for lease in (small, running, fresh):
+            assert await self.packed(world, lease) is None
+            first = await world.raw.lindex(f"stream:{{{lease.run_id}}}:chunks", 0)
+            assert orjson.loads(first)["seq"] == 1
+        assert await world.raw.zscore("headwater:due", small.run_id) is None
+        seconds, _ = await world.raw.time()
+        assert 50_000 < await world.raw.zscore("headwater:due", fresh.run_id) - seconds * 1000 <= 61_000
+        await log.close()
+        await later.close()
+
+    async def test_two_at_once_pack_it_once(self, world: RedisWorld) -> None:
+        lease = await self.ended(world, *(f" word {n}" for n in range(500)))
+        before = await world.events(lease.run_id)
+        logs = [self.packer(world) for _ in range(4)]
+        assert await asyncio.gather(*(log.due(10) for log in logs)) == [[], [], [], []]
+        assert await self.packed(world, lease) == "1"
+        assert await world.events(lease.run_id) == before
+        for log in logs:
+            await log.close()
+
+    async def test_a_full_server_keeps_it_as_it_is_and_says_who_is_due(self, tmp_path: Path) -> None:
+        with own_redis(tmp_path) as server:
+            world = RedisWorld(server.url())
+            ended = [await self.ended(world, "a" * 5000) for _ in range(2)]
+            waiting = new_run()
+            await world.log.open(waiting, 0)
+            before = [await world.events(lease.run_id) for lease in ended]
+            now, later = self.packer(world), self.packer(world, after=60)
+            await world.raw.config_set("maxmemory", 1)
+            for log in (now, later):
+                assert [due.run_id for due in await log.due(10)] == [waiting.id]
+                await log.close()
+            assert [await world.events(lease.run_id) for lease in ended] == before
+            assert await self.packed(world, ended[0]) is None
+            await world.close()
+
+    async def test_frames_that_vanished_count_as_no_log(self, world: RedisWorld) -> None:
+        lease = await self.ended(world, *("x" * 50_000 for _ in range(6)))
+        log = self.packer(world)
+        await log.due(10)
+        await world.raw.ltrim(f"stream:{{{lease.run_id}}}:chunks", 0, -2)
+        assert await world.log.read(lease.run_id, 0, 10) is None
+        await log.close()
 
 
 async def _has(world: RedisWorld, leases: Sequence[Lease], count: int) -> bool:

@@ -13,7 +13,7 @@ from headwater.events import Event, content, done
 from headwater.ids import new_id
 from headwater.runs import Lease, Run
 from headwater.streams import keys
-from headwater.streams.base import StreamLog
+from headwater.streams.base import Appended, StreamLog
 from headwater.streams.memory import MemoryStreamLog
 from headwater.streams.redis import RedisStreamLog
 from support.wait import eventually
@@ -113,7 +113,28 @@ class MemoryWorld(World):
         await self.log.close()
 
 
+class PackingLog(RedisStreamLog):
+    """Packs every log as soon as it has ended, to show that nobody can tell."""
+
+    async def append(self, lease: Lease, events: Sequence[Event]) -> Appended:
+        answer = await super().append(lease, events)
+        await self._pack_ended(lease.run_id)
+        return answer
+
+    async def restore(self, lease: Lease, run: Run, events: Sequence[Event]) -> Appended:
+        answer = await super().restore(lease, run, events)
+        await self._pack_ended(lease.run_id)
+        return answer
+
+    async def _pack_ended(self, run_id: str) -> None:
+        meta = await self.meta(run_id)
+        if meta is not None and meta.status.terminal:
+            await self._pack(meta)
+
+
 class RedisWorld(World):
+    kind: type[RedisStreamLog] = RedisStreamLog
+
     def __init__(self, url: str) -> None:
         self.url = url
         self._logs: list[StreamLog] = []
@@ -121,7 +142,7 @@ class RedisWorld(World):
         self.raw: Any = redis.asyncio.Redis.from_url(url, decode_responses=True, protocol=2)
 
     def another(self, *, ttl: int = 3600, lease_seconds: float = 10.0) -> StreamLog:
-        log = RedisStreamLog(self.url, ttl=ttl, lease_seconds=lease_seconds)
+        log = self.kind(self.url, ttl=ttl, lease_seconds=lease_seconds)
         self._logs.append(log)
         return log
 
@@ -152,6 +173,10 @@ class RedisWorld(World):
         for log in self._logs:
             await log.close()
         await self.raw.aclose()
+
+
+class PackedWorld(RedisWorld):
+    kind = PackingLog
 
 
 def seqs(events: Sequence[Event]) -> list[int]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from headwater.streams.base import StreamLog
 
 
-def connect(url: str, *, ttl: int = 3600, lease_seconds: float = 10.0) -> StreamLog:
-    """`memory://` or `redis://`, `rediss://`, `unix://`. `ttl` in seconds after the last event."""
+def connect(url: str, *, ttl: int = 3600, lease_seconds: float = 10.0, compress_over: int = 0) -> StreamLog:
+    """`memory://` or `redis://`, `rediss://`, `unix://`. `ttl` in seconds after the last event.
+
+    Logs in Redis of more than `compress_over` bytes are packed some time after their end; with 0 none is.
+    """
     # Imported here, so that the contract does not know its implementations.
     if url.startswith("memory://"):
         from headwater.streams.memory import MemoryStreamLog
@@ -14,4 +17,4 @@ def connect(url: str, *, ttl: int = 3600, lease_seconds: float = 10.0) -> Stream
         return MemoryStreamLog(ttl=ttl, lease_seconds=lease_seconds)
     from headwater.streams.redis import RedisStreamLog
 
-    return RedisStreamLog(url, ttl=ttl, lease_seconds=lease_seconds)
+    return RedisStreamLog(url, ttl=ttl, lease_seconds=lease_seconds, compress_over=compress_over)

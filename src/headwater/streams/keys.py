@@ -3,6 +3,7 @@
 | key                        | type   | holds                                                   |
 |----------------------------|--------|---------------------------------------------------------|
 | `stream:{<run>}:chunks`    | list   | one event as JSON per item; the item's place is its seq |
+|                            |        | once packed: some hundreds of events per zstd frame     |
 | `stream:{<run>}:metadata`  | hash   | the fields below                                        |
 | `stream:{<run>}:run`       | string | the run as JSON, for whoever takes it over              |
 | `stream:{<run>}:behind`    | set    | ids of the runs that wait for the end of this one       |

@@ -9,26 +9,23 @@ says when to look, the run's own hash says whether somebody holds it.
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import logging
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Final, NoReturn
 
 import hiredis
 import orjson
-from redis import Redis as SyncRedis
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
+from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError
-from redis.retry import Retry as SyncRetry
 
 from headwater.errors import Fenced, LeaseHeld, LogClosed, LogLost, LogUnavailable, reason
 from headwater.events import Event
 from headwater.runs import Lease, Run, RunState
-from headwater.streams import keys
+from headwater.streams import keys, packing
 from headwater.streams.base import (
     ENDS,
     LIVE_TTL,
@@ -44,6 +41,9 @@ from headwater.streams.base import (
 )
 from headwater.streams.feed import RedisFeed
 from headwater.streams.pipe import Pipe
+from headwater.streams.scripts import Command, Scripts
+
+logger = logging.getLogger(__name__)
 
 #: Seconds to connect, to wait for one answer, and for a call with all its tries.
 CONNECT_TIMEOUT: Final = 1.5
@@ -54,48 +54,27 @@ RETRIES: Final = 2
 CONNECTIONS: Final = 32
 #: Bytes of an append above which it travels alone, so that nobody waits for it.
 LARGE: Final = 65_536
-
-Command = tuple[Any, ...]
-
-
-class Script:
-    """A Lua script beside this file, called by its hash."""
-
-    def __init__(self, name: str, keys_: int) -> None:
-        self.name = name
-        self.text = Path(__file__).with_name(f"{name}.lua").read_bytes()
-        self.sha = hashlib.sha1(self.text, usedforsecurity=False).hexdigest()
-        self._keys = keys_
-
-    def __call__(self, *keys_and_arguments: Any) -> Command:
-        return ("EVALSHA", self.sha, self._keys, *keys_and_arguments)
-
-
-class Scripts:
-    def __init__(self) -> None:
-        self.open = Script("open", 3)
-        self.claim = Script("claim", 3)
-        self.append = Script("append", 3)
-        self.restore = Script("restore", 3)
-        self.renew = Script("renew", 3)
-        self.release = Script("release", 1)
-        self.cancel = Script("cancel", 1)
-        self.read = Script("read", 2)
-        self.schedule = Script("schedule", 1)
-        self.due = Script("due", 1)
-
-    def all(self) -> list[Script]:
-        return list(vars(self).values())
+#: Logs packed at one look for who is due, so that the look stays short; the others come a moment later.
+PACKS: Final = 50
+PACK_PAUSE_MS: Final = 1000
 
 
 class RedisStreamLog(StreamLog):
-    """Logs in one Redis. `url` is `redis://`, `rediss://` or `unix://`; its query may override the timeouts."""
+    """Logs in one Redis. `url` is `redis://`, `rediss://` or `unix://`; its query may override the timeouts.
 
-    def __init__(self, url: str, *, ttl: int, lease_seconds: float) -> None:
+    A log of more than `compress_over` bytes is packed `compress_after` seconds after its end, when somebody asks who
+    is `due`. With 0 bytes none is.
+    """
+
+    def __init__(
+        self, url: str, *, ttl: int, lease_seconds: float, compress_over: int = 0, compress_after: float = 300.0
+    ) -> None:
         self._url = url
         self._ttl = ttl
         self._live_ttl = max(ttl, LIVE_TTL)
         self._lease_ms = round(lease_seconds * 1000)
+        self._compress_over = compress_over
+        self._compress_after_ms = round(compress_after * 1000)
         self._scripts = Scripts()
         pool: BlockingConnectionPool = BlockingConnectionPool.from_url(
             url,
@@ -103,7 +82,7 @@ class RedisStreamLog(StreamLog):
             timeout=CALL_TIMEOUT,
             # RESP2: the same answers from 6.2 to Valkey 9, and no maintenance pushes in between.
             protocol=2,
-            **_timeouts(url),
+            **timeouts(url),
             retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.3), RETRIES, (RedisConnectionError,)),
         )
         # Any: redis-py leaves `execute_command`, which all here goes through, without types.
@@ -142,7 +121,7 @@ class RedisStreamLog(StreamLog):
                 # By the way that loads the scripts. An append names its place, so nothing overtakes it.
                 (reply,) = await self._send(command)
             elif isinstance(reply, Exception):
-                _unavailable(reply)
+                unavailable(reply)
         return _appended(lease, reply)
 
     def _append_command(self, lease: Lease, events: Sequence[Event]) -> Command:
@@ -217,13 +196,15 @@ class RedisStreamLog(StreamLog):
     async def read(self, run_id: str, after: int, limit: int) -> Page | None:
         asked = self._scripts.read(keys.metadata(run_id), keys.chunks(run_id), after, limit, PAGE_BYTES)
         (reply,) = await self._send(asked)
-        epoch, status, written, count, raws = reply
+        epoch, status, written, count, raws, first = reply
         if epoch is None:
             return None
         closed = RunState(status.decode()).terminal
         if closed and count != int(written):
             # Its events expired or were evicted and nobody is left to write them again: as good as no log.
             return None
+        if first:
+            raws = packing.page(raws[0], first, after, limit, PAGE_BYTES)
         return Page(epoch.decode(), [Event.decode(raw) for raw in raws], count, closed)
 
     async def due(self, limit: int) -> list[Due]:
@@ -245,18 +226,50 @@ class RedisStreamLog(StreamLog):
             asked.append(("GET", keys.run(run_id)))
         replies = await self._send(*asked)
         found: list[Due] = []
+        ended: list[Meta] = []
         corrections: list[Command] = []
         for run_id, values, raw in zip(run_ids, replies[::2], replies[1::2], strict=True):
             meta = _meta(run_id, now, values)
             if meta is not None and meta.status.terminal:
-                corrections.append(("ZREM", keys.DUE, run_id))
+                ended.append(meta)
             elif meta is not None and meta.lease_left > 0:
                 corrections.append(("ZADD", keys.DUE, "XX", now + meta.lease_left, run_id))
             else:
                 found.append(Due(run_id, Run.from_json(orjson.loads(raw)) if raw else None, meta))
+        corrections += await self._tidy(ended, now)
         if corrections:
             await self._send(*corrections)
         return found
+
+    async def _tidy(self, ended: Sequence[Meta], now: int) -> list[Command]:
+        """Pack what has ended long ago; what takes out of sight those that need no further look."""
+        finished: list[str] = []
+        packs = 0
+        for meta in ended:
+            try:
+                wait = max(0, meta.updated_at + self._compress_after_ms - now) or (packs >= PACKS) * PACK_PAUSE_MS
+                if self._compress_over and wait:
+                    await self._send(("ZADD", keys.DUE, "XX", now + wait, meta.run_id))
+                    continue
+                if self._compress_over:
+                    packs += 1
+                    await self._pack(meta)
+            except LogUnavailable as error:
+                # A full server takes no write. The log stays as it is until it expires.
+                logger.info("The log of run %s is not packed: %s", meta.run_id, error)
+            finished.append(meta.run_id)
+        return [("ZREM", keys.DUE, *finished)] if finished else []
+
+    async def _pack(self, meta: Meta) -> None:
+        (raws,) = await self._send(("LRANGE", keys.chunks(meta.run_id), 0, -1))
+        size = sum(map(len, raws))
+        if size <= self._compress_over or len(raws) != meta.count:
+            return
+        packed = await asyncio.to_thread(packing.pack, raws)
+        if sum(map(len, packed.frames)) < size:
+            where = (keys.metadata(meta.run_id), keys.chunks(meta.run_id))
+            firsts = ",".join(map(str, packed.firsts))
+            await self._send(self._scripts.pack(*where, meta.epoch, meta.count, firsts, *packed.frames))
 
     async def remind(self, run_ids: Sequence[str], seconds: float) -> None:
         if run_ids:
@@ -307,10 +320,10 @@ class RedisStreamLog(StreamLog):
                     for i, reply in zip(unknown, again, strict=True):
                         replies[i] = reply
         except (RedisError, OSError, TimeoutError) as error:
-            _unavailable(error)
+            unavailable(error)
         for reply in replies:
             if isinstance(reply, Exception):
-                _unavailable(reply)
+                unavailable(reply)
         return replies
 
     async def _trip(self, commands: Sequence[Command]) -> list[Any]:
@@ -325,31 +338,7 @@ class RedisStreamLog(StreamLog):
         return list(await pipeline.execute(raise_on_error=False))
 
 
-class SyncMetaReader:
-    """The hash of a run for synchronous code, such as a Celery result backend."""
-
-    def __init__(self, url: str) -> None:
-        self._redis: SyncRedis = SyncRedis.from_url(
-            url,
-            protocol=2,
-            decode_responses=True,
-            **_timeouts(url),
-            retry=SyncRetry(NoBackoff(), 1, (RedisConnectionError,)),
-        )
-
-    def read(self, run_id: str) -> Mapping[str, str]:
-        """All fields of `stream:{<run>}:metadata`; empty when the run is unknown. Raises LogUnavailable."""
-        try:
-            fields: Any = self._redis.hgetall(keys.metadata(run_id))
-        except (RedisError, OSError) as error:
-            _unavailable(error)
-        return dict(fields)
-
-    def close(self) -> None:
-        self._redis.close()
-
-
-def _timeouts(url: str) -> dict[str, Any]:
+def timeouts(url: str) -> dict[str, Any]:
     timeouts = {"socket_timeout": ANSWER_TIMEOUT, "socket_connect_timeout": CONNECT_TIMEOUT}
     # A unix socket has no keep-alive, and redis-py refuses to be told of one.
     return timeouts if url.startswith("unix:") else {**timeouts, "socket_keepalive": True}
@@ -397,7 +386,7 @@ def _meta(run_id: str, now: int, values: Sequence[bytes | None]) -> Meta | None:
     )
 
 
-def _unavailable(error: Exception) -> NoReturn:
+def unavailable(error: Exception) -> NoReturn:
     raise LogUnavailable(
         f"Redis does not answer: {type(error).__name__}: {reason(error)}. Check REDIS_URL and `headwater doctor`."
     ) from error

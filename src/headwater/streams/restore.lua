@@ -12,7 +12,7 @@
 
 local BEFORE = 12
 local n = #ARGV - BEFORE
-local known = redis.call('HMGET', KEYS[1], 'epoch', 'attempt', 'holder', 'status', 'cancel')
+local known = redis.call('HMGET', KEYS[1], 'epoch', 'attempt', 'holder', 'status', 'cancel', 'packed', 'chunk_count')
 local epoch, attempt, holder, status = known[1], tonumber(known[2]) or 0, known[3], known[4]
 local mine = tonumber(ARGV[3])
 local ours = epoch == ARGV[2] and holder == ARGV[4]
@@ -26,7 +26,7 @@ if epoch and attempt == mine and not ours and (holder ~= '' or epoch == ARGV[2])
   return {'fenced'}
 end
 
-local count = redis.call('LLEN', KEYS[2])
+local count = known[6] and tonumber(known[7]) or redis.call('LLEN', KEYS[2])
 if status == 'done' or status == 'failed' or status == 'cancelled' then
   if ours and count >= n then
     return {'ok', count, tonumber(known[5]) or 0}

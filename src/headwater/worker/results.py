@@ -16,7 +16,7 @@ from celery.exceptions import TaskRevokedError
 
 from headwater.errors import RunFailed
 from headwater.runs import RunState
-from headwater.streams.redis import SyncMetaReader
+from headwater.streams.sync import SyncMetaReader
 
 _STATES: Final = {
     RunState.QUEUED: states.PENDING,

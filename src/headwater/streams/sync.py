@@ -1,0 +1,39 @@
+"""The hash of a run for code without an event loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+from redis.retry import Retry
+
+from headwater.streams import keys
+from headwater.streams.redis import timeouts, unavailable
+
+
+class SyncMetaReader:
+    """The hash of a run for synchronous code, such as a Celery result backend."""
+
+    def __init__(self, url: str) -> None:
+        self._redis: Redis = Redis.from_url(
+            url,
+            protocol=2,
+            decode_responses=True,
+            **timeouts(url),
+            retry=Retry(NoBackoff(), 1, (RedisConnectionError,)),
+        )
+
+    def read(self, run_id: str) -> Mapping[str, str]:
+        """All fields of `stream:{<run>}:metadata`; empty when the run is unknown. Raises LogUnavailable."""
+        try:
+            fields: Any = self._redis.hgetall(keys.metadata(run_id))
+        except (RedisError, OSError) as error:
+            unavailable(error)
+        return dict(fields)
+
+    def close(self) -> None:
+        self._redis.close()
