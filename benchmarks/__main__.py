@@ -11,12 +11,13 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
-from benchmarks import endtoend, journal, polling, worker
+from benchmarks import endtoend, journal, polling, readers, worker
 from benchmarks.machine import Ticks
 from benchmarks.report import Report, machine, write_page
 
 #: A benchmark is told whether to be quick: one short round that shows that everything runs.
 ALL: Final[dict[str, Callable[[bool], Awaitable[Report]]]] = {
+    "readers": readers.run,
     "worker": worker.run,
     "endtoend": endtoend.run,
     "journal": journal.run,

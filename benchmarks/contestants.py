@@ -47,7 +47,7 @@ class Contestant(ABC):
     answer: ClassVar[str]
     connections: ClassVar[int] = 1
     #: Readers that may connect per second, so that connecting is no storm.
-    per_second: ClassVar[int] = 1500
+    per_second: ClassVar[int] = 1000
 
     def __init__(self, server: Program, publish_port: int) -> None:
         self.server = server

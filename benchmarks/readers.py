@@ -10,7 +10,7 @@ from typing import Any, Final
 from benchmarks import nchan
 from benchmarks.chart import Bars, draw
 from benchmarks.contestants import Contestant, Headwater, Naive, Nchan, Polling, redis_pids
-from benchmarks.load import Publisher, Readers, build
+from benchmarks.load.streams import Publisher, Readers
 from benchmarks.machine import memory_of, raise_descriptors
 from benchmarks.parts import Parts
 from benchmarks.report import Report, Row, median
@@ -76,9 +76,11 @@ async def run(quick: bool = False) -> Report:
         if isinstance(peer, str):
             report.notes.append(f"Nchan: {peer}. Its rows and goals are missing.")
         peers = [] if isinstance(peer, str) else [Nchan(peer)]
-        stage = Stage(build(parts.folder), LOAD_CORE, redis_pids(redis))
+        stage = Stage(LOAD_CORE, redis_pids(redis))
         # A server is still busy with itself in its first seconds.
         await asyncio.sleep(0.5 if quick else 5.0)
+        # First, while the servers are fresh: what earlier readers left behind would be taken for nothing.
+        idle = await _idle(report, stage, [ours, *peers, naive], plan, descriptors)
         distinct = await _rounds(report, stage, [ours, naive, *peers], plan.distinct, plan.rounds)
         distinct += await _rounds(report, stage, [polling], plan.distinct, 1)
         report.tables[f"{plan.distinct.runs:,} runs, one reader each"] = _table(distinct)
@@ -88,7 +90,6 @@ async def run(quick: bool = False) -> Report:
         )
         _goals(report, distinct, shared)
         await _quiet(report, stage, ours, redis.port, plan)
-        idle = await _idle(report, stage, [ours, *peers, naive], plan, descriptors)
         await _growth(report, stage, ours, naive, plan)
     report.pictures["readers.svg"] = _picture(distinct, shared, idle)
     return report
@@ -97,13 +98,12 @@ async def run(quick: bool = False) -> Report:
 async def _rounds(
     report: Report, stage: Stage, contestants: Sequence[Contestant], load: Load, rounds: int
 ) -> list[Window]:
-    windows = []
+    order: list[Contestant] = []
     for number in range(rounds):
         # Whoever is last meets another moment of the machine than whoever is first, so they take turns in that too.
         turn = number % len(contestants)
-        for contestant in [*contestants[turn:], *contestants[:turn]]:
-            windows.append(await _measured(report, stage, contestant, load))
-    return windows
+        order += [*contestants[turn:], *contestants[:turn]]
+    return [await _measured(report, stage, contestant, load) for contestant in order]
 
 
 async def _measured(report: Report, stage: Stage, contestant: Contestant, load: Load) -> Window:
@@ -114,7 +114,7 @@ async def _measured(report: Report, stage: Stage, contestant: Contestant, load: 
 
 
 def _table(windows: Sequence[Window]) -> list[Row]:
-    rows = []
+    rows: list[Row] = []
     for name in dict.fromkeys(window.contestant for window in windows):
         mine = [window for window in windows if window.contestant == name]
         rows.append(
@@ -185,7 +185,6 @@ async def _quiet(report: Report, stage: Stage, ours: Headwater, redis_port: int,
         async with (
             Publisher(ours.spec(channels, load.rate, load.tick), stage.core) as publisher,
             Readers(
-                stage.client,
                 redis_port,
                 [f"SUBSCRIBE {' '.join(channels.names)}"],
                 1,
@@ -197,7 +196,7 @@ async def _quiet(report: Report, stage: Stage, ours: Headwater, redis_port: int,
         ):
             await readers.said("open")
             publisher.go()
-            seen, bare = await asyncio.gather(_seen(readers), _seen(raw))
+            seen, bare = await asyncio.gather(readers.result(), raw.result())
             sent = await publisher.stop(seen["from_ns"], seen["to_ns"])
         rows.append(
             {
@@ -222,11 +221,6 @@ async def _quiet(report: Report, stage: Stage, ours: Headwater, redis_port: int,
     report.goal("quiet: p99 / raw subscriber's", middle["p99 / raw"], "<= 10", middle["p99 / raw"] <= 10)
 
 
-async def _seen(readers: Readers) -> dict[str, Any]:
-    """What the client counted; its window may begin before the other's."""
-    return await readers.result()
-
-
 async def _idle(
     report: Report, stage: Stage, contestants: Sequence[Contestant], plan: Plan, descriptors: int
 ) -> dict[str, float]:
@@ -235,10 +229,12 @@ async def _idle(
     most = min(plan.idle, descriptors - 500)
     if most < plan.idle:
         report.notes.append(f"Idle: {most:,} streams instead of {plan.idle:,}, as no more files may be open.")
-    memory, rows = {}, []
+    memory: dict[str, float] = {}
+    rows: list[Row] = []
     for contestant in contestants:
         count = min(most, plan.idle_naive) if isinstance(contestant, Naive) else most
         load = Load(count, count, 0, 0.1, warmup=2.0)
+        await _warm(stage, contestant)
         before = memory_of(contestant.pids)
         async with stage.readers(contestant, await contestant.channels(count), load) as readers:
             opened = int((await readers.said("open")).split()[1])
@@ -254,12 +250,18 @@ async def _idle(
     return memory
 
 
+async def _warm(stage: Stage, contestant: Contestant) -> None:
+    """The first readers load code and fill caches, which is no memory per stream."""
+    load = Load(20, 20, 0, 0.1, warmup=0.3)
+    async with stage.readers(contestant, await contestant.channels(20), load) as readers:
+        await readers.result()
+
+
 async def _growth(report: Report, stage: Stage, ours: Headwater, naive: Naive, plan: Plan) -> None:
     """What an event costs as streams grow, and where it bends."""
     for contestant, counts in ((ours, plan.growth), (naive, plan.growth_naive)):
-        windows = []
-        for count in counts:
-            windows.append(await _measured(report, stage, contestant, replace(plan.distinct, runs=count, readers=count)))
+        loads = [replace(plan.distinct, runs=count, readers=count) for count in counts]
+        windows = [await _measured(report, stage, contestant, load) for load in loads]
         report.tables[f"As streams grow: {contestant.name}"] = [
             {
                 "streams": window.readers,

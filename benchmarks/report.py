@@ -32,6 +32,8 @@ class Report:
     notes: list[str] = field(default_factory=list)
     #: Where and how quietly it ran; set once it is over.
     machine: Row = field(default_factory=dict)
+    #: Single measurements behind the tables; in the JSON only.
+    data: list[Row] = field(default_factory=list)
     #: SVG pictures by file name.
     pictures: dict[str, str] = field(default_factory=dict)
 

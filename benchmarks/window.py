@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.contestants import Channels, Contestant
-from benchmarks.load import Publisher, Readers
+from benchmarks.load.streams import Publisher, Readers
 from benchmarks.machine import Usage, Watch
 
 #: Share of a core above which the load client may be the limit.
@@ -73,10 +73,9 @@ class Window:
 
 
 class Stage:
-    """Where contestants perform: the load client's command, the cores, and Redis's processes."""
+    """Where contestants perform: the core of publisher and readers, and Redis's processes."""
 
-    def __init__(self, client: Sequence[str], core: int | None, redis: Sequence[int]) -> None:
-        self.client = client
+    def __init__(self, core: int | None, redis: Sequence[int]) -> None:
         self.core = core
         self.redis = redis
 
@@ -93,7 +92,6 @@ class Stage:
 
     def readers(self, contestant: Contestant, channels: Channels, load: Load) -> Readers:
         return Readers(
-            self.client,
             contestant.server.port,
             channels.requests,
             load.readers,

@@ -21,7 +21,7 @@ _HERE = Path(__file__).parent
 _PATIENCE = 10.0
 
 
-def _command(name: str) -> list[str]:
+def command_of(name: str) -> list[str]:
     """How to start a load program. Its binary is kept under its source's hash."""
     source = _HERE / f"{name}.c"
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
@@ -71,7 +71,7 @@ class Provider:
 @asynccontextmanager
 async def provider(rate: int, *, tokens: int = 0, every: int = 10) -> AsyncIterator[Provider]:
     """A model that says `rate` tokens a second for `tokens` tokens (0: until `finish`), every `every`-th stamped."""
-    command = [*_command("provider"), str(rate), str(tokens), str(every)]
+    command = [*command_of("provider"), str(rate), str(tokens), str(every)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
@@ -125,7 +125,7 @@ async def tap() -> AsyncIterator[Tap]:
     """Reads until the block ends; then `seen` holds every stamp and `marks` the count of tokens."""
     with tempfile.TemporaryDirectory(prefix="headwater-bench-") as folder:
         file = Path(folder) / "seen"
-        process = subprocess.Popen([*_command("tap"), str(file)], stdin=subprocess.PIPE)
+        process = subprocess.Popen([*command_of("tap"), str(file)], stdin=subprocess.PIPE)
         try:
             running = Tap(process)
             yield running
