@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import gc
+import json
 import logging
 import socket
 import ssl
@@ -21,7 +22,7 @@ import pytest
 import pytest_asyncio
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from openai import AsyncOpenAI
+from openai import APIError, AsyncOpenAI
 
 import support.openai_server
 from headwater.errors import ProviderError, SettingsError
@@ -312,20 +313,113 @@ async def test_any_stream_says_the_same_to_us_and_to_the_official_sdk(
 
     deltas = await read(ours, ask("drawn"))
 
+    assert heard(deltas) == (await told(theirs, "drawn"))[0]
+
+
+Heard = tuple[str, str, str | None, tuple[int, int] | None]
+
+
+def heard(deltas: list[Delta]) -> Heard:
+    """Text, reasoning, finish reason and usage."""
+    return text(deltas), "".join(delta.reasoning for delta in deltas), *figures(deltas)
+
+
+async def told(theirs: AsyncOpenAI, model: str) -> tuple[Heard, APIError | None]:
+    """The same as the SDK says it, and the error with which it ended."""
     content = reasoning = ""
     reason = usage = None
-    async for part in await theirs.chat.completions.create(
-        model="drawn", messages=[{"role": "user", "content": "Hi"}], stream=True
-    ):
-        for choice in part.choices:
-            content += choice.delta.content or ""
-            reasoning += getattr(choice.delta, "reasoning_content", None) or ""
-            reason = choice.finish_reason or reason
-        if part.usage is not None:
-            usage = (part.usage.prompt_tokens, part.usage.completion_tokens)
-    assert text(deltas) == content
-    assert "".join(delta.reasoning for delta in deltas) == reasoning
-    assert figures(deltas) == (reason, usage)
+    try:
+        async for part in await theirs.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": "Hi"}], stream=True
+        ):
+            for choice in part.choices:
+                content += choice.delta.content or ""
+                reasoning += getattr(choice.delta, "reasoning_content", None) or ""
+                reason = choice.finish_reason or reason
+            if part.usage is not None:
+                usage = (part.usage.prompt_tokens, part.usage.completion_tokens)
+    except APIError as error:
+        return (content, reasoning, reason, usage), error
+    return (content, reasoning, reason, usage), None
+
+
+def said(*pieces: str) -> bytes:
+    return b"".join(frame(chunk(piece)) for piece in pieces)
+
+
+END = frame(chunk(finish="stop"))
+USAGE = frame(chunk(choices=False, usage=(7, 3)))
+DONE = frame("[DONE]")
+USUAL = said("Hel", "lo, ", "wörld 日本語 🌊") + END + USAGE + DONE
+FAULT = frame({"error": {"message": "The model broke", "type": "server_error", "code": "internal"}})
+
+AWKWARD = {
+    "the usual one": USUAL,
+    "CRLF": USUAL.replace(b"\n", b"\r\n"),
+    "CR": USUAL.replace(b"\n", b"\r"),
+    "keep-alive comments": b": OPENROUTER PROCESSING\n\n" + USUAL.replace(b"\n\n", b"\n\n: ping\n\n:\n\n"),
+    "a comment inside a frame": USUAL.replace(b"data: ", b": here it comes\ndata: "),
+    "event names, ids and retry times": USUAL.replace(b"data: ", b"event: message\nid: 1\nretry: 10\ndata: "),
+    "no space behind the colon": USUAL.replace(b"data: ", b"data:"),
+    "JSON over several data lines": USUAL.replace(b',"choices"', b',\ndata: "choices"'),
+    "blank lines everywhere": b"\n\n" + USUAL.replace(b"\n\n", b"\n\n\n\n\n"),
+    "no [DONE]": said("Hello") + END,
+    "something behind [DONE]": USUAL + said("never said"),
+    "escaped characters": b"".join(
+        b"data: " + json.dumps(chunk(piece)).encode() + b"\n\n" for piece in ("naïve ", "日本", "🌊\u2028", '"\\\n\t')
+    )
+    + END
+    + DONE,
+    "empty, null and missing contents": said("", "a")
+    + b"".join(frame(chunk(**delta)) for delta in ({"role": "assistant"}, {"refusal": None}))
+    + frame({**chunk("b"), "usage": None, "system_fingerprint": None})
+    + frame(chunk(choices=False))
+    + END
+    + DONE,
+    "reasoning first": frame(chunk(reasoning="Hm, ")) + frame(chunk(reasoning="🌊.")) + USUAL,
+    "line separators of other worlds in the text": said("a\x0bb\x0cc\x85d\u2028e\u2029f\x1c") + END + DONE,
+    "a frame of a megabyte": said("x" * 1_000_000, "y") + END + DONE,
+    "usage together with the end": said("Hello") + frame(chunk(finish="length", usage=(1, 2))) + DONE,
+    "an error in the middle": said("Hel", "lo") + FAULT + said("never said") + DONE,
+    "an error instead of an answer": FAULT,
+}
+
+
+@pytest.mark.parametrize("size", [0, 1, 7])
+@pytest.mark.parametrize("name", AWKWARD)
+async def test_awkward_streams_say_the_same_to_us_and_to_the_official_sdk(
+    both: tuple[OpenAIServer, OpenAIProvider, AsyncOpenAI], name: str, size: int
+) -> None:
+    """Whole, byte by byte so that every frame and every wide character is cut everywhere, and in small pieces."""
+    server, ours, theirs = both
+    stream = AWKWARD[name]
+    # A megabyte byte by byte takes a minute and cuts nothing that others do not.
+    size = size * (1 if len(stream) < 10_000 else 1000) or len(stream)
+    parts = [stream[at : at + size] for at in range(0, len(stream), size)]
+    server.scenarios["awkward"] = Scenario([{"send_b64": base64.b64encode(part).decode()} for part in parts])
+    theirs_say, their_error = await told(theirs, "awkward")
+    deltas: list[Delta] = []
+    if their_error is None:
+        await read(ours, ask("awkward"), deltas)
+    else:
+        with pytest.raises(ProviderError, match="The model broke"):
+            await read(ours, ask("awkward"), deltas)
+        assert "The model broke" in str(their_error)
+    assert heard(deltas) == theirs_say
+    assert theirs_say[0] or their_error is not None
+
+
+async def test_hundreds_of_answers_are_read_at_once(server: OpenAIServer) -> None:
+    # aiohttp's own limit is 100 connections; more would wait for each other.
+    count = 300
+    release: Step = {"wait": "all are here"}
+    server.scenarios["crowd"] = Scenario([release, {"send_b64": base64.b64encode(USUAL).decode()}])
+    provider = OpenAIProvider(server.base_url, model="crowd", idle=30, retries=0)
+    answers = [asyncio.create_task(read(provider, ask("crowd"))) for _ in range(count)]
+    await eventually(lambda: len(server.chats) == count, 30)
+    server.release("all are here")
+    assert {text(deltas) for deltas in await asyncio.gather(*answers)} == {"Hello, wörld 日本語 🌊"}
+    await provider.close()
 
 
 # --- what goes wrong ----------------------------------------------------------------------------
