@@ -34,7 +34,9 @@ Acknowledgements and events are sent from the worker's main thread, where its co
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
+import functools
 import inspect
 import itertools
 import logging
@@ -42,7 +44,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
@@ -52,7 +54,9 @@ from celery.concurrency.base import BasePool
 from celery.exceptions import ImproperlyConfigured, SoftTimeLimitExceeded, WorkerLostError
 from celery.platforms import EX_FAILURE, EX_OK
 from celery.worker import state
-from greenlet import getcurrent, greenlet
+
+from headwater.worker.greenlets import Driver, await_only, driven
+from headwater.worker.stalls import watched
 
 logger = logging.getLogger(__name__)
 
@@ -64,76 +68,30 @@ UNWIND_SECONDS: Final = 3.0
 END_SECONDS: Final = 5.0
 
 
-class _TraceGreenlet(greenlet):  # type: ignore[misc]  # greenlet has no types
-    """Where Celery traces one task; its parent is the driver on the event loop."""
-
-
-def in_coroutine() -> bool:
-    """Whether the asyncio pool runs this synchronous code around a coroutine, so that `await_only` works."""
-    return isinstance(getcurrent(), _TraceGreenlet)
-
-
-def await_only(awaitable: Awaitable[Any]) -> Any:
-    """Await from synchronous code inside an `async def` task. Raises RuntimeError anywhere else."""
-    current = getcurrent()
-    if not isinstance(current, _TraceGreenlet) or current.parent is None:
-        raise RuntimeError("await_only works inside an `async def` task of the asyncio pool only")
-    steps = awaitable.__await__()
-    error: BaseException | None = None
-    while True:
-        try:
-            future = next(steps) if error is None else steps.throw(error)
-        except StopIteration as stop:
-            return stop.value
-        error = None
-        try:
-            current.parent.switch(future)
-        except BaseException as thrown:  # noqa: BLE001  # a cancel or a time limit: the coroutine decides what it means
-            error = thrown
-
-
 class AsyncTask(Task):  # type: ignore[misc]  # Celery has no types
-    """Base of tasks whose body may be `async def`."""
+    """Base of tasks whose body may be `async def`. For Celery it is a function that ends when the coroutine does."""
 
     abstract = True
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        result = self.run(*args, **kwargs)
-        if not inspect.iscoroutine(result):
-            return result
-        return await_only(result) if in_coroutine() else self.run_apart(result)
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        body = cls.__dict__.get("run")
+        static = isinstance(body, staticmethod)
+        function = body.__func__ if isinstance(body, staticmethod) else body
+        if function is None or not inspect.iscoroutinefunction(inspect.unwrap(function)):
+            return
+
+        # Under the name that Celery's `autoretry_for` wraps, so that it sees what the coroutine raises.
+        @functools.wraps(function)
+        def run(self: AsyncTask, *args: Any, **kwargs: Any) -> Any:
+            work = function(*args, **kwargs) if static else function(self, *args, **kwargs)
+            return await_only(work) if driven() else self.run_apart(work)
+
+        cls.run = run
 
     def run_apart(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Run the body in any other pool, or in a plain call: in an event loop of its own."""
         return asyncio.run(work)
-
-
-class _Driver(Awaitable[Any]):
-    """Runs a function in a greenlet and waits, as an asyncio task, for each future that it switches out."""
-
-    def __init__(self, function: Callable[[], Any]) -> None:
-        self._function = function
-        #: Thrown into the coroutine in place of the next CancelledError.
-        self.instead: BaseException | None = None
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        here = getcurrent()
-        child = _TraceGreenlet(self._function, here)
-        child.gr_context = here.gr_context
-        step = child.switch()
-        while not child.dead:
-            try:
-                yield step
-            except asyncio.CancelledError as cancelled:
-                error, self.instead = self.instead or cancelled, None
-                if error is not cancelled and (task := asyncio.current_task()) is not None:
-                    task.uncancel()
-                step = child.throw(error)
-            except BaseException as error:  # noqa: BLE001  # whatever is thrown in goes on inward
-                step = child.throw(error)
-            else:
-                step = child.switch()
-        return step
 
 
 class _Job:
@@ -143,13 +101,23 @@ class _Job:
         self.ident = ident
         self.pool = pool
         self.callbacks = callbacks
-        self.task: asyncio.Task[None] | None = None
-        self.driver: _Driver | None = None
+        self.name = str(callbacks.get("correlation_id"))
+        self.accepted = False
+        self.task: asyncio.Task[tuple[str, Any]] | None = None
+        self.driver: Driver | None = None
         #: Celery has been told its end already: revoked, or over its hard limit.
         self.abandoned = False
 
     def terminate(self, signal: int | None = None) -> None:
         self.pool.terminate_job(self.ident, signal)
+
+    def cancel(self) -> None:
+        """On the loop: cancel the coroutine, whose outcome nobody waits for any more."""
+        self.abandoned = True
+        if self.driver is not None:
+            self.driver.abandoned = True
+        if self.task is not None:
+            self.task.cancel()
 
 
 class AsyncPool(BasePool):  # type: ignore[misc]  # Celery has no types
@@ -159,8 +127,9 @@ class AsyncPool(BasePool):  # type: ignore[misc]  # Celery has no types
     """
 
     signal_safe = False
-    task_join_will_block = False
     body_can_be_buffer = True
+    #: What is over `--concurrency` waits with Celery, where it can be revoked and is given back by a shutdown.
+    uses_semaphore = True
 
     def __init__(self, limit: int | None = None, **options: Any) -> None:
         super().__init__(limit, **options)
@@ -174,11 +143,15 @@ class AsyncPool(BasePool):  # type: ignore[misc]  # Celery has no types
         self._jobs: dict[int, _Job] = {}
         self._idents = itertools.count(1)
         self._loop: asyncio.AbstractEventLoop | None = None
+        # The bound itself: Celery's forgets who holds it when a connection breaks, and with some brokers there is none.
         self._slots = asyncio.Semaphore(limit or 1)
+        self._celerys_slots: Any = options.get("semaphore")
         self._thread: threading.Thread | None = None
         self._stop = asyncio.Event()
         self._threads = ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="sync-task")
         self._hub: Any = None
+        #: The main thread makes its calls itself, and takes no new task to the pool.
+        self._stopping = False
         #: Calls for the main thread, in order; the hub's own set of ready callbacks keeps none.
         self._outbox: deque[Callable[[], None]] = deque()
         self._told = threading.Condition()
@@ -193,23 +166,31 @@ class AsyncPool(BasePool):  # type: ignore[misc]  # Celery has no types
 
     def register_with_event_loop(self, hub: Any) -> None:
         self._hub = hub
+        # After a lost connection: what could not be told meanwhile.
+        hub.call_soon(self._deliver)
 
     def on_stop(self) -> None:
-        """Warm: every accepted task ends first. The hub rests by now, so this thread makes its calls itself."""
-        self._hub = None
-        while self._jobs:
+        """Warm: every accepted task ends first. What was cancelled already, by a cold shutdown, gets a moment."""
+        self._stopping = True
+        while any(not job.abandoned for job in list(self._jobs.values())):
             self._await_told(0.5)
-        self._deliver()
-        self._end()
+        self._unwind()
 
     def on_terminate(self) -> None:
         """Cold: cancel everything and give it a moment to unwind."""
-        self._hub = None
-        for job in list(self._jobs.values()):
-            self._abandon(job)
+        self._stopping = True
+        for ident in list(self._jobs):
+            self.terminate_job(ident)
+        self._unwind()
+
+    def _unwind(self) -> None:
         deadline = time.monotonic() + UNWIND_SECONDS
         while self._jobs and time.monotonic() < deadline:
             self._await_told(0.1)
+        self._deliver()
+        if self._jobs and self._thread is not None:
+            names = ", ".join(job.name for job in self._jobs.values())
+            logger.error("Tasks that were cancelled go on and are left behind: %s", names)
         self._end()
 
     def _work(self, begun: threading.Event) -> None:
@@ -228,7 +209,8 @@ class AsyncPool(BasePool):  # type: ignore[misc]  # Celery has no types
         # On the loop, so that a handler may open what its tasks share: see the module's first lines.
         signals.worker_process_init.send(sender=None)
         begun.set()
-        await self._stop.wait()
+        with watched():
+            await self._stop.wait()
         signals.worker_process_shutdown.send(sender=None, pid=os.getpid(), exitcode=EX_OK)
 
     def _end(self) -> None:
@@ -253,28 +235,48 @@ class AsyncPool(BasePool):  # type: ignore[misc]  # Celery has no types
 
     def _admit(self, job: _Job, trace: Callable[[], Any], args: Any) -> None:
         job.task = asyncio.get_running_loop().create_task(self._run(job, trace, self._is_async(args)))
+        # Not at the end of the coroutine itself: a task that is cancelled before its first step never begins.
+        job.task.add_done_callback(lambda task: self._done(job, task))
+        job.task.set_name(f"{args[0]}[{job.name}]" if args else job.name)
         if job.abandoned:
             job.task.cancel()
 
-    async def _run(self, job: _Job, trace: Callable[[], Any], is_async: bool) -> None:
+    async def _run(self, job: _Job, trace: Callable[[], Any], is_async: bool) -> tuple[str, Any]:
+        """One of Celery's callbacks and what it is told."""
         limits: list[asyncio.TimerHandle] = []
         try:
             async with self._slots:
-                self._tell(job, "accept_callback", job.ident, time.monotonic())
+                if self._stopping:
+                    # Never accepted, so its broker gives it to another worker.
+                    return "", None
+                self._accept(job)
                 limits = self._arm(job)
                 if is_async:
-                    job.driver = _Driver(trace)
-                    outcome = await job.driver
-                else:
-                    context = contextvars.copy_context()
-                    outcome = await asyncio.get_running_loop().run_in_executor(self._threads, context.run, trace)
+                    job.driver = Driver(trace)
+                    return "callback", await job.driver
+                context = contextvars.copy_context()
+                threads = asyncio.get_running_loop().run_in_executor(self._threads, context.run, trace)
+                return "callback", await threads
         except BaseException as error:  # noqa: BLE001  # as in Celery's own pools: the worker is told whatever it was
-            self._end_of(job, "error_callback", _lost(error))
-        else:
-            self._end_of(job, "callback", outcome)
+            return "error_callback", _lost(error)
         finally:
             for limit in limits:
                 limit.cancel()
+
+    def _accept(self, job: _Job) -> None:
+        job.accepted = True
+        self._tell(job, "accept_callback", job.ident, time.monotonic())
+
+    def _done(self, job: _Job, task: asyncio.Task[tuple[str, Any]]) -> None:
+        if job.abandoned:
+            if not job.accepted:
+                # Revoked while it waited: Celery announces that once the task is accepted.
+                self._accept(job)
+        elif task.cancelled():
+            self._tell(job, "error_callback", _lost(asyncio.CancelledError()))
+        else:
+            self._tell(job, *task.result())
+        self._post(lambda: self._forget(job))
 
     def _is_async(self, args: Any) -> bool:
         """Celery's trace functions take the task's name first."""
@@ -300,31 +302,20 @@ class AsyncPool(BasePool):  # type: ignore[misc]  # Celery has no types
 
     def _hard_limit(self, job: _Job, seconds: float) -> None:
         self._tell(job, "timeout_callback", False, seconds)
-        job.abandoned = True
-        if job.task is not None:
-            job.task.cancel()
+        job.cancel()
 
     def terminate_job(self, pid: int, signal: int | None = None) -> None:
         """Cancel the coroutine. `pid` is what `on_accepted` was told: the job's number."""
         job = self._jobs.get(pid)
         if job is not None:
-            self._abandon(job)
-
-    def _abandon(self, job: _Job) -> None:
-        job.abandoned = True
-        loop = self._require_loop()
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(lambda: job.task.cancel() if job.task is not None else None)
-
-    def _end_of(self, job: _Job, callback: str, outcome: Any) -> None:
-        if job.abandoned:
-            self._post(lambda: self._forget(job))
-        else:
-            self._tell(job, callback, outcome)
-            self._post(lambda: self._forget(job))
+            job.abandoned = True
+            # A loop that is closed has nothing left to cancel.
+            with contextlib.suppress(RuntimeError):
+                self._require_loop().call_soon_threadsafe(job.cancel)
 
     def _forget(self, job: _Job) -> None:
-        self._jobs.pop(job.ident, None)
+        if self._jobs.pop(job.ident, None) is not None and self._celerys_slots is not None:
+            self._celerys_slots.release()
 
     # --- calls on the main thread -----------------------------------------------------------------
 
@@ -337,10 +328,11 @@ class AsyncPool(BasePool):  # type: ignore[misc]  # Celery has no types
         with self._told:
             self._outbox.append(call)
             self._told.notify_all()
-        hub = self._hub
-        if hub is not None:
-            hub.call_soon(self._deliver)
-        elif self._state == self.RUN:
+        if self._stopping:
+            return
+        if self._hub is not None:
+            self._hub.call_soon(self._deliver)
+        else:
             # A worker without kombu's hub reads its connection in a blocking loop: as its thread pool does, call here.
             self._deliver()
 
@@ -365,11 +357,18 @@ class AsyncPool(BasePool):  # type: ignore[misc]  # Celery has no types
 
     def grow(self, n: int = 1) -> None:
         self.limit += n
+        if self._celerys_slots is not None:
+            self._celerys_slots.grow(n)
         for _ in range(n):
             self._require_loop().call_soon_threadsafe(self._slots.release)
 
     def shrink(self, n: int = 1) -> None:
+        """Take places away; those of running tasks once the tasks have ended. Raises ValueError for the last one."""
+        if n >= self.limit:
+            raise ValueError(f"The pool has {self.limit} places and keeps at least one.")
         self.limit -= n
+        if self._celerys_slots is not None:
+            self._celerys_slots.shrink(n)
         for _ in range(n):
             asyncio.run_coroutine_threadsafe(self._slots.acquire(), self._require_loop())
 

@@ -25,6 +25,7 @@ from headwater.runs import Run
 from headwater.settings import Settings
 from headwater.worker.graph import Graph, open_graph
 from headwater.worker.pool import new_event_loop
+from headwater.worker.stalls import watched
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +203,8 @@ class Runtime:
         async def main() -> None:
             keeping = self._begin()
             begun.set()
-            await asyncio.wait({keeping})
+            with watched():
+                await asyncio.wait({keeping})
 
         try:
             with asyncio.Runner(loop_factory=new_event_loop) as runner:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from celery import Celery
@@ -22,25 +23,30 @@ def register(app: Celery, runtimes: Runtimes) -> None:
 
         abstract = True
 
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            try:
-                return super().__call__(*args, **kwargs)
-            except RuntimeGone as error:
-                # Another process of the pool, or another worker, can still do it.
-                raise Reject(str(error), requeue=True) from error
-
         def run_apart(self, work: Coroutine[Any, Any, Any]) -> Any:
-            return runtimes.here().wait(work)
+            with _given_back():
+                return runtimes.here().wait(work)
 
     async def run(run_json: dict[str, Any]) -> str | None:
         """Execute a run. Returns the state it ended in, None when it was not for us."""
-        return await runtimes.here().execute(Run.from_json(run_json))
+        with _given_back():
+            return await runtimes.here().execute(Run.from_json(run_json))
 
     async def sync() -> int:
         """Bring the journal to PostgreSQL and forget what has long been there."""
-        return await runtimes.here().sync()
+        with _given_back():
+            return await runtimes.here().sync()
 
     # Not shared: Celery would give them, bound to these runtimes, to every other app of the process too.
     options: dict[str, Any] = {"base": OnTheLoop, "shared": False}
     app.task(run, name=RUN_TASK, Request="headwater.worker.request:DiscreetRequest", **options)
     app.task(sync, name=SYNC_TASK, **options)
+
+
+@contextmanager
+def _given_back() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeGone as error:
+        # Another process of the pool, or another worker, can still do it.
+        raise Reject(str(error), requeue=True) from error
