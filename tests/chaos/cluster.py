@@ -56,7 +56,10 @@ SETTINGS: Final[Mapping[str, str]] = {
 }
 
 _RUNS: Final = """
-    SELECT id::text, state, attempt, idempotency_key, error ->> 'code' AS code FROM runs ORDER BY created_at, id
+    SELECT id::text, state, attempt, idempotency_key, error ->> 'code' AS code,
+        (extract(epoch FROM started_at) * 1000)::bigint AS started_at,
+        (extract(epoch FROM ended_at) * 1000)::bigint AS ended_at
+    FROM runs ORDER BY created_at, id
 """
 _MESSAGES: Final = """
     SELECT id::text, chat_id::text, role, content, status, run_id::text FROM messages ORDER BY chat_id, created_at, id

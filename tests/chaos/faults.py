@@ -38,6 +38,8 @@ class Fault:
 
 
 FAULTS: Final[dict[str, Fault]] = {}
+#: Seconds after SIGTERM in which a process ends also on a machine with much else to do; after them it is stuck.
+ENDS: Final = 30.0
 
 
 def fault(part: str, least: float = 0.0, most: float = 0.0) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -74,7 +76,7 @@ async def worker_terminated(cluster: Cluster, chance: random.Random) -> AsyncIte
     worker = chance.choice(cluster.stack.workers)
     async with cluster.resting(worker):
         # Fails when it does not end in time.
-        await worker.terminate()
+        await worker.terminate(ENDS)
         yield
 
 
@@ -96,7 +98,7 @@ async def server_killed(cluster: Cluster, chance: random.Random) -> AsyncIterato
 async def server_terminated(cluster: Cluster, chance: random.Random) -> AsyncIterator[None]:
     server = chance.choice(cluster.stack.servers)
     async with cluster.resting(server):
-        await server.terminate(10)
+        await server.terminate(ENDS)
         yield
 
 

@@ -74,12 +74,15 @@ class History:
     #: Idempotency-Keys of requests whose reply never came: they may or may not stand for a run.
     unanswered: set[str] = field(default_factory=set)
     readers: list[Reader] = field(default_factory=list)
-    #: Rows of PostgreSQL: id, state, attempt, idempotency_key, and the error's code.
+    #: Rows of PostgreSQL: id, state, attempt, idempotency_key, the error's code, and started_at and ended_at in Unix
+    #: milliseconds.
     runs: list[Mapping[str, Any]] = field(default_factory=list)
     #: Rows of PostgreSQL, each chat's in its order: id, chat_id, role, content, status, run_id.
     messages: list[Mapping[str, Any]] = field(default_factory=list)
     #: What clients met that no fault excuses: an internal error, a 404 for what was accepted, a process that fell.
     complaints: list[str] = field(default_factory=list)
+    #: Hosts, each with a journal of its own. While PostgreSQL is away each may take what another one took as well.
+    hosts: int = 1
     #: From when to when, in Unix milliseconds, a fault held that lets nobody go on with a run.
     away: list[tuple[int, int]] = field(default_factory=list)
 
@@ -105,5 +108,6 @@ class History:
             runs=list(data["runs"]),
             messages=list(data["messages"]),
             complaints=list(data["complaints"]),
+            hosts=data["hosts"],
             away=[(gone, back) for gone, back in data["away"]],
         )

@@ -1,4 +1,5 @@
-"""People: they ask one question after another, have each answer read in several ways, and stop some."""
+"""People: they ask one question after another, or while they are being answered, have each answer read in several
+ways, and stop some."""
 
 from __future__ import annotations
 
@@ -48,6 +49,12 @@ class Person:
             if promise is None:
                 return
             first = self._have_it_read(promise)
+            while again is None and chance.random() < 0.15:
+                # Does not wait for the answer and asks on.
+                follow_up = await self._ask(chat_id, None, chance.choice(("enqueue", "interrupt")))
+                if follow_up is None:
+                    return
+                promise, first = follow_up, self._have_it_read(follow_up)
             if chance.random() < 0.15:
                 world.spawn(self._stop(promise.run_id, chance.uniform(0, 3)))
             if chance.random() < 0.2:
@@ -77,13 +84,18 @@ class Person:
         made = await self._insist("/api/chats", {}, key, 201)
         return str(made["id"]) if made is not None else None
 
-    async def _ask(self, chat_id: str, again: Promise | None) -> Promise | None:
+    async def _ask(self, chat_id: str, again: Promise | None, when_busy: str = "") -> Promise | None:
         """Ask something new, or for another answer to what was asked before. None when nobody takes it."""
         number, history = next(self._numbers), self._world.history
         question, words = (again.question, 0) if again is not None else self._question(number)
         path, body = f"/api/chats/{chat_id}/messages", {"content": question}
         if again is not None:
             path, body = f"{path}/{again.message_id}/regenerate", {}
+        if when_busy:
+            body["when_busy"] = when_busy
+        stopped = [one.run_id for one in history.promises if one.chat_id == chat_id] if when_busy == "interrupt" else []
+        for run_id in stopped:
+            history.stopped(run_id)
         key = f"{self._seed}-{self._name}-message-{number}"
         history.unanswered.add(key)
         started = time.monotonic()
@@ -91,6 +103,9 @@ class Person:
         if accepted is None:
             return None
         self._world.accepted_after.append(time.monotonic() - started)
+        now = self._world.clock.now_ms()
+        for run_id in stopped:
+            history.stopped(run_id, now)
         promise = Promise(
             run_id=accepted["task_id"],
             chat_id=accepted["chat_id"],
@@ -99,7 +114,7 @@ class Person:
             question=question,
             answer=again.answer if again is not None else answer(question, words),
             key=key,
-            accepted_at=self._world.clock.now_ms(),
+            accepted_at=0 if when_busy else now,
         )
         history.promises.append(promise)
         history.unanswered.discard(key)

@@ -16,7 +16,7 @@ from chaos.history import STORED, History, Reader
 from chaos.nemesis import Blow
 
 #: Seconds after the last fault within which every run must end and every reader must know.
-SETTLE: Final = 90.0
+SETTLE: Final = 180.0
 
 
 @dataclass(frozen=True, slots=True)

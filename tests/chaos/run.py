@@ -41,7 +41,7 @@ _ROOM: Final = 2_000
 
 async def play(plan: Plan) -> Outcome:
     """Run the plan. Raises nothing for broken promises: they are in the outcome."""
-    history = History()
+    history = History(hosts=plan.hosts)
     settings = {"HEADWATER_STREAM_TTL": str(plan.ttl), **plan.settings}
     async with (
         Cluster.running(hosts=plan.hosts, settings=settings) as cluster,

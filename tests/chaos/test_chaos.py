@@ -1,36 +1,36 @@
-"""Short runs of the harness with fixed seeds; `scripts/chaos` makes long ones.
-
-They run with `pytest -m chaos` and not with the rest: they break things at random moments and need the
-machine to themselves.
-"""
+"""Short runs of the harness with fixed seeds; `scripts/chaos` makes long ones."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 import pytest
 
 from chaos.report import Plan
 from chaos.run import main, play
 
+#: Where history and logs of a broken promise are kept.
+KEEP: Final = Path(__file__).parents[2] / "var" / "chaos"
 
-@pytest.mark.chaos
-@pytest.mark.timeout(240)
-@pytest.mark.parametrize("seed", [1, 2])
-async def test_promises_hold_while_things_break(seed: int, tmp_path: Path) -> None:
-    plan = Plan(seed, seconds=15, clients=4, at_once=3, gap=(0.2, 1.0), ttl=5, settle=75, keep=tmp_path)
+
+# On a machine with much else to do it is the processes' starts that take long.
+@pytest.mark.timeout(480)
+@pytest.mark.parametrize(("seed", "hosts"), [(1, 1), (2, 2)])
+async def test_promises_hold_while_things_break(seed: int, hosts: int) -> None:
+    plan = Plan(seed, seconds=15, clients=4, at_once=3, gap=(0.2, 1.0), hosts=hosts, ttl=5, keep=KEEP)
     outcome = await play(plan)
     assert not outcome.violations, outcome.report()
     # It would prove nothing if nothing had happened.
     assert len(outcome.blows) >= 5, outcome.report()
-    assert outcome.figures["states"].get("done", 0) >= 5, outcome.report()
-    assert outcome.figures["connections"] > outcome.figures["readers"]
+    assert outcome.figures["states"].get("done", 0) >= 3, outcome.report()
+    assert outcome.figures["connections"] > outcome.figures["readers"], outcome.report()
 
 
 def test_a_kept_history_is_judged_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept = tmp_path / "history.json"
     kept.write_text(
-        '{"promises": [], "unanswered": [], "readers": [], "messages": [], "away": [], '
+        '{"promises": [], "unanswered": [], "readers": [], "messages": [], "hosts": 1, "away": [], '
         '"complaints": ["500 from GET /"], '
         '"runs": [{"id": "r", "state": "done", "attempt": 1, "idempotency_key": null, "code": null}]}'
     )

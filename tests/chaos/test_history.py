@@ -12,6 +12,8 @@ from chaos.checker import check
 from chaos.history import History, Promise, Reader, Seen
 
 ANSWER = "one two three"
+TIMES = {"started_at": 1_000, "ended_at": 2_000}
+LATER = {"started_at": 2_000, "ended_at": 3_000}
 
 
 def right() -> History:
@@ -25,7 +27,7 @@ def right() -> History:
             Reader("anna", "sse", "r", list(events), finished=True),
             Reader("bert", "poll", "r", list(events), finished=True),
         ],
-        runs=[{"id": "r", "state": "done", "attempt": 1, "idempotency_key": "key-1", "code": None}],
+        runs=[{"id": "r", "state": "done", "attempt": 1, "idempotency_key": "key-1", "code": None, **TIMES}],
         messages=[
             {"id": "q", "chat_id": "c", "role": "user", "content": "count", "status": "done", "run_id": None},
             {"id": "a", "chat_id": "c", "role": "assistant", "content": ANSWER, "status": "done", "run_id": "r"},
@@ -61,6 +63,25 @@ def test_time_in_which_nobody_could_go_on_does_not_count() -> None:
     _written_at(history, 20_000, 20_001, 20_002, 28_000, 28_001)
     history.stopped("r", 20_003)
     history.away = [(22_000, 27_000), (500, 4_000), (3_000, 10_000)]
+    assert check(history) == []
+
+
+def test_a_question_that_was_stopped_while_it_waited_needs_no_turn() -> None:
+    history = right()
+    answer_two_at_once(history)
+    history.promises[1] = replace(history.promises[1], stopped=True)
+    history.runs[1] = {**history.runs[1], "state": "cancelled"}
+    history.messages[3] = {**history.messages[3], "status": "cancelled", "content": ""}
+    assert check(history) == []
+
+
+def test_two_hosts_that_cannot_see_each_other_may_take_a_request_each() -> None:
+    history = right()
+    run, (question, answer) = history.runs[0], history.messages
+    history.runs.append({**run, "id": "r2"})
+    history.messages += [{**question, "id": "q2"}, {**answer, "id": "a2", "run_id": "r2"}]
+    assert len(check(history)) == 3
+    history.hosts = 2
     assert check(history) == []
 
 
@@ -168,7 +189,7 @@ def store_the_answer_twice(history: History) -> None:
 
 
 def run_it_twice(history: History) -> None:
-    history.runs.append({"id": "r2", "state": "done", "attempt": 1, "idempotency_key": "key-1", "code": None})
+    history.runs.append({"id": "r2", "state": "done", "attempt": 1, "idempotency_key": "key-1", "code": None, **TIMES})
 
 
 def run_what_nobody_asked(history: History) -> None:
@@ -185,7 +206,7 @@ def cancel_what_nobody_stopped(history: History) -> None:
 def swap_two_questions(history: History) -> None:
     later = Promise("r2", "c", "a2", "q2", "again", ANSWER, "key-2")
     history.promises.append(later)
-    history.runs.append({"id": "r2", "state": "done", "attempt": 1, "idempotency_key": "key-2", "code": None})
+    history.runs.append({"id": "r2", "state": "done", "attempt": 1, "idempotency_key": "key-2", "code": None, **LATER})
     question, answer = history.messages
     history.messages = [{**question, "id": "q2", "content": "again"}, question, answer]
     history.messages.append({**answer, "id": "a2", "run_id": "r2"})
@@ -200,12 +221,6 @@ def go_back_to_an_earlier_attempt(history: History) -> None:
         reader.events[0] = Seen("e1", 1, "state", {"state": "running", "attempt": 2})
         reader.events[1:1] = [Seen("e1", 2, "state", {"state": "running", "attempt": 1})]
         reader.events[2:] = [replace(event, seq=event.seq + 1) for event in reader.events[2:]]
-    history.runs[0] = {**history.runs[0], "attempt": 2}
-
-
-def store_an_earlier_attempt(history: History) -> None:
-    for reader in history.readers:
-        reader.events[0] = Seen("e1", 1, "state", {"state": "running", "attempt": 2})
 
 
 def _written_at(history: History, *times: int) -> None:
@@ -229,6 +244,14 @@ def begin_late(history: History) -> None:
 def go_on_after_a_stop(history: History) -> None:
     _written_at(history, 1_000, 2_000, 8_000, 8_001, 8_002)
     history.stopped("r", 2_000)
+
+
+def answer_two_at_once(history: History) -> None:
+    history.promises.append(Promise("r2", "c", "a2", "q2", "again", ANSWER, "key-2"))
+    row = {"id": "r2", "state": "done", "attempt": 1, "idempotency_key": "key-2", "code": None}
+    history.runs.append({**row, **LATER, "started_at": 1_999})
+    question, answer = history.messages
+    history.messages += [{**question, "id": "q2", "content": "again"}, {**answer, "id": "a2", "run_id": "r2"}]
 
 
 def fail_without_a_name(history: History) -> None:
@@ -273,11 +296,11 @@ WRONG: list[tuple[Callable[[History], None], str]] = [
     (run_what_nobody_asked, "one answer: run r2 was never asked for"),
     (cancel_what_nobody_stopped, "it ends: run r is cancelled and nobody asked for it"),
     (go_back_to_an_earlier_attempt, "one writer: anna (sse) of run r heard of attempt 2 and then of attempt 1"),
-    (store_an_earlier_attempt, "one writer: anna (sse) of run r heard of attempt 2, stored is 1"),
     (stand_still, "in time: run r stood still for 18000 ms"),
     (begin_late, "in time: run r stood still for 19000 ms"),
     (go_on_after_a_stop, "stop stops: run r went on for 6002 ms"),
     (swap_two_questions, "in order: the questions of chat c"),
+    (answer_two_at_once, "in turn: run r2 of chat c began 1 ms before r ended"),
     (fail_without_a_name, "degrades by name: run r failed with the code internal"),
     (meet_an_internal_error, "degrades by name: 500 from POST /api/chats"),
 ]

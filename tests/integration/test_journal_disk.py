@@ -35,6 +35,7 @@ async def test_a_full_disk_refuses_what_is_new_lets_answers_end_and_heals(
                 await eventually(lambda: len(reader.text) > 20)
 
                 disk.fill()
+                assert disk.free == 0
 
                 key = new_id()
                 refused = await send(http, empty, key)

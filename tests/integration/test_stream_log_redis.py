@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import orjson
 import pytest
+from redis.asyncio.connection import AbstractConnection
 
 from chaos.proxy import Proxy
 from headwater.errors import LogLost, LogUnavailable
@@ -233,6 +234,21 @@ class TestTrouble:
         await world.written(run, 3)
         pages = await asyncio.gather(*(world.log.read(run.id, 0, 10) for _ in range(200)))
         assert all(page is not None and page.count == 3 for page in pages)
+
+    async def test_a_connection_that_closed_under_its_client_is_unavailable_and_replaced(
+        self, world: RedisWorld, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await world.log.ping()
+
+        async def closed(connection: AbstractConnection, command: object) -> None:
+            raise RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
+
+        with monkeypatch.context() as patch:
+            # As uvloop does between the loss of a connection and the moment it tells of it.
+            patch.setattr(AbstractConnection, "_send_packed_command", closed)
+            with pytest.raises(LogUnavailable, match="closed"):
+                await world.log.ping()
+        await world.log.ping()
 
     async def test_a_stopped_server_is_unavailable_until_it_is_back(self, tmp_path: Path) -> None:
         with own_redis(tmp_path) as server:

@@ -26,7 +26,7 @@ class SmallDisk:
         return shutil.disk_usage(self.folder).free
 
     def fill(self) -> None:
-        """Leave not a byte."""
+        """Leave not a byte, unless somebody gives one back meanwhile."""
         with self._filler.open("ab", buffering=0) as file:
             for size in (65_536, 4096, 512, 1):
                 try:
@@ -34,7 +34,6 @@ class SmallDisk:
                         pass
                 except OSError:
                     continue
-        assert self.free == 0
 
     def give_back(self) -> None:
         """Take the filler away."""

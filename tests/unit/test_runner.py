@@ -575,6 +575,19 @@ async def test_an_end_that_was_saved_but_not_said_is_said_by_the_next_attempt() 
     assert bench.saved == []
 
 
+async def test_what_a_dead_worker_saved_and_did_not_say_is_told_again_whole_by_the_attempt_that_tells_it() -> None:
+    pipeline = saying(content("Again"))
+    bench = Bench(pipeline)
+    run = await interrupted(bench, content("Wh"))
+    bench.stored = run.started(1, 1).ended(RunState.DONE, 2)
+    bench.stored_message = pipeline.results(bench.stored, Transcript.of([content("Whole")]))[0]
+    await bench.runner.execute(run, "w")
+    events = await bench.events(run)
+    assert [event.type for event in events] == ["state", "content", "reset", "state", "content", "done"]
+    assert [event.data["attempt"] for event in events if "attempt" in event.data] == [1, 2, 2]
+    assert Transcript.of(events).content == "Whole"
+
+
 # --- the fence ------------------------------------------------------------------------------------
 
 

@@ -166,7 +166,9 @@ class Attempt:
             if endings.shows(self._earlier):
                 self._writer.add(Event(EventType.RESET, {"reason": "worker_lost", "attempt": self._lease.attempt}))
             for event in said:
-                self._writer.add(Event(event.type, event.data))
+                # Within a log the attempt only grows: who tells it now is this one.
+                told_by = {"attempt": self._lease.attempt} if event.type is EventType.STATE else {}
+                self._writer.add(Event(event.type, {**event.data, **told_by}))
         await self._writer.end(Event(end.type, end.data, 0, self._parts.clock.now_ms()), patient=True)
         self._ended(stored)
         return stored

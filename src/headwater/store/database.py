@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import os
 import select
@@ -94,6 +95,8 @@ class Database:
         options = engine_options(target, wait)
         options["connect_args"]["async_creator_fn"] = _Connection.connect
         self._engine = create_async_engine(target, pool_size=pool_size, max_overflow=0, pool_timeout=wait, **options)
+        pool = type(self._engine.pool)
+        logging.getLogger(f"{pool.__module__}.{pool.__name__}").addFilter(_one_line)
 
     async def close(self) -> None:
         """Close all connections. One that is in use is closed when it is given back."""
@@ -138,6 +141,13 @@ class Database:
                 return connection
             await connection.invalidate()
             await connection.close()
+
+
+def _one_line(record: logging.LogRecord) -> bool:
+    """A connection that is given up because the server is away is a warning of one line, not an alarm."""
+    if isinstance(record.exc_info, tuple) and isinstance(record.exc_info[1], (asyncio.CancelledError, psycopg.Error)):
+        record.exc_info, record.levelno, record.levelname = None, logging.WARNING, "WARNING"
+    return True
 
 
 def _has_news(fd: int) -> bool:

@@ -319,7 +319,8 @@ class RedisStreamLog(StreamLog):
                     again = await self._trip([commands[i] for i in unknown])
                     for i, reply in zip(unknown, again, strict=True):
                         replies[i] = reply
-        except (RedisError, OSError, TimeoutError) as error:
+        except (RedisError, OSError, TimeoutError, RuntimeError) as error:
+            # uvloop raises RuntimeError on a connection that closed a moment ago, and redis-py passes it on.
             unavailable(error)
         for reply in replies:
             if isinstance(reply, Exception):

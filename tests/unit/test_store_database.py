@@ -1,0 +1,21 @@
+"""The way to PostgreSQL, as far as it can be seen without one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+
+from headwater.store.database import Database
+
+
+def test_a_connection_that_is_given_up_is_no_alarm(caplog: pytest.LogCaptureFixture) -> None:
+    Database("postgresql://127.0.0.1/x", pool_size=1, wait=1)
+    # What SQLAlchemy's pool says when a roll-back on a frozen server is cancelled by the time limit.
+    pool = logging.getLogger("sqlalchemy.pool.impl.AsyncAdaptedQueuePool")
+    pool.error("Exception during reset or similar", exc_info=asyncio.CancelledError())
+    pool.error("Something of ours", exc_info=ValueError("bad"))
+    given_up, ours = caplog.records
+    assert (given_up.levelname, given_up.exc_info) == ("WARNING", None)
+    assert (ours.levelname, ours.exc_info is not None) == ("ERROR", True)
