@@ -81,7 +81,7 @@ class Window:
 
     @property
     def carried(self) -> bool:
-        return self.delivered >= 0.999 and self.p99 <= LATE
+        return self.p99 <= LATE
 
     def row(self) -> Row:
         return {
@@ -227,18 +227,19 @@ async def _window(one: Contestant, answers: int, redis: Redis, source: Provider)
     pids = one.program.pids
     await asyncio.to_thread(one.send, answers)
     # Those that do not come to stream are offered all the same.
-    await source.streaming(answers, 15.0)
+    absent = answers - await source.streaming(answers, 15.0)
     await asyncio.sleep(SETTLE)
     async with tap() as follower:
         follower.read(0, redis.port, PSUBSCRIBE)
+        before = await source.stats()
         watch, begun = Watch(worker=pids, redis=[redis.pid]), time.monotonic_ns()
         await asyncio.sleep(WINDOW)
         usage, ended = watch.usage(), time.monotonic_ns()
+        offered = (await source.stats())["stamps"] - before["stamps"] + round(absent * RATE * WINDOW / EVERY)
         memory = memory_of(pids)
         per_answer = one.per_answer(answers, memory)
         await asyncio.sleep(LATE)
     await _drain(one, source)
-    offered = round(answers * RATE * (ended - begun) / 1e9 / EVERY)
     lags = [seen.lag for seen in follower.seen if begun <= seen.stamp < ended]
     published = EVERY * sum(begun <= seen.arrival < ended for seen in follower.seen)
     missing = [math.inf] * max(0, offered - len(lags))
@@ -246,7 +247,7 @@ async def _window(one: Contestant, answers: int, redis: Redis, source: Provider)
         one.name,
         answers,
         # The stamps at the window's two edges make it exact to a few.
-        min(1.0, sum(lag <= LATE for lag in lags) / offered),
+        min(1.0, sum(lag <= LATE for lag in lags) / max(1, offered)),
         quantile([*lags, *missing], 0.5),
         quantile([*lags, *missing], 0.99),
         usage.cpu["worker"] / max(1, published) * 1e6,
