@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from headwater.streams import keys
 from support import odd_worker
 from support.openai_scenarios import answer
 from support.reader import TERMINAL, Reader, ask, message_of, row_of
-from support.stack import Stack, StackMaker
+from support.stack import Process, Stack, StackMaker
 from support.wait import eventually
 
 
@@ -88,6 +89,48 @@ async def test_time_is_limited(make_stack: StackMaker) -> None:
         assert (error["code"], error["retryable"]) == ("deadline", True)
 
 
+async def test_clocks_that_jump_change_nothing(make_stack: StackMaker, tmp_path: Path) -> None:
+    """An hour forth and back, under a run and between two, in server and worker, together and against each other."""
+    clocks = {name: tmp_path / name for name in ("server", "worker")}
+    stack = await make_stack(settings={"HEADWATER_LEASE_SECONDS": "2", "ODD_POLICY": "restart"}, start=False)
+    for name, process in (("server", stack.server), ("worker", stack.worker)):
+        make_odd(process)
+        process.change(ODD_CLOCK=str(clocks[name]))
+    await stack.start()
+    async with stack.client() as http:
+        questions = [f"Question {number} [[words:60]] [[rate:20]]" for number in range(3)]
+        chat, said = None, []
+        for number, question in enumerate(questions):
+            accepted = await ask(http, question, chat)
+            chat = accepted["chat_id"]
+            reader = Reader(stack.base_url, accepted["task_id"])
+            reading = asyncio.create_task(reader.read(90))
+            await eventually(partial(_said, reader, 20), 30)
+            clocks["server"].write_text(("3600", "-3600", "0")[number])
+            clocks["worker"].write_text(("-3600", "3600", "0")[number])
+            if number == 2:
+                stack.worker.kill()
+                clocks["worker"].write_text("-7200")
+                await stack.worker.start()
+            await reading
+            assert any(event["type"] == "reset" for event in reader.events) == (number == 2)
+            stamps = [event["at"] for event in reader.events]
+            assert max(stamps) - min(stamps) > 3_500_000, "the clock did jump"
+            await ended(stack, accepted, "done", answer(question, 60))
+            task = (await http.get(f"/api/task/{accepted['task_id']}")).json()
+            # The lease runs by Redis's clock, and the higher attempt wins also when its clock is behind.
+            assert task["attempt"] == (2 if number == 2 else 1)
+            said += [question, answer(question, 60)]
+        found = (await http.get(f"/api/chats/{chat}")).json()
+        assert [message["content"] for message in found["messages"]] == said
+        ats = [message["created_at"] for message in found["messages"]]
+        assert ats == sorted(ats)
+
+
+def _said(reader: Reader, characters: int) -> bool:
+    return len(reader.text) > characters
+
+
 # --- a worker that is told to go wrong ------------------------------------------------------------
 
 
@@ -101,11 +144,15 @@ async def odd(stack_maker: StackMaker) -> AsyncIterator[Stack]:
         "HEADWATER_WORKER_CONCURRENCY": "2",
     }
     stack = await maker(settings=settings, start=False)
-    command = stack.worker._command
-    stack.worker._command = [sys.executable, "-P", str(odd_worker.__file__), *command[command.index("worker") :]]
+    make_odd(stack.worker)
     await stack.start()
     yield stack
     await maker.stop()
+
+
+def make_odd(process: Process) -> None:
+    command = process._command
+    process._command = [sys.executable, "-P", str(odd_worker.__file__), *command[command.index("headwater") + 1 :]]
 
 
 async def test_a_run_that_kills_its_worker_fails_with_a_reason_and_can_be_tried_again(
@@ -132,6 +179,23 @@ async def test_a_kind_that_is_interrupted_keeps_what_it_said(odd: Stack, tmp_pat
         accepted = await ask(http, f"[[odd:die late {poison}]]")
         error = await ended(odd, accepted, "error", "Half")
         assert (error["code"], error["retryable"]) == ("worker_lost", True)
+
+
+async def test_a_kind_that_continues_goes_on_behind_what_was_said(make_stack: StackMaker) -> None:
+    stack = await make_stack(
+        settings={"HEADWATER_LEASE_SECONDS": "1", "ODD_POLICY": "continue"}, workers=2, start=False
+    )
+    for worker in stack.workers:
+        make_odd(worker)
+    await stack.start()
+    async with stack.client() as http:
+        accepted = await ask(http, "[[odd:on]]")
+        reader = await Reader(stack.base_url, accepted["task_id"]).read(90)
+        assert (reader.end, reader.text) == ("done", "Half and half")
+        assert [event["type"] for event in reader.events if event["type"] in {"reset", "content"}] == ["content"] * 2
+        assert (await http.get(f"/api/task/{accepted['task_id']}")).json()["attempt"] == 2
+    await ended(stack, accepted, "done", "Half and half")
+    assert sum(worker.running for worker in stack.workers) == 1
 
 
 @pytest.mark.parametrize("name", ["KeyError", "SystemExit", "KeyboardInterrupt", "GeneratorExit", "RecursionError"])
