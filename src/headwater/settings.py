@@ -91,6 +91,12 @@ class Settings(BaseSettings):
         alias="HEADWATER_ALLOWED_HOSTS",
         description="Host names the server answers to, comma separated, besides loopback names and HOST.",
     )
+    server_workers: int = Field(
+        1,
+        alias="HEADWATER_SERVER_WORKERS",
+        gt=0,
+        description="Processes of the web server on one port; each can use one core.",
+    )
     access_token: SecretStr | None = Field(
         None,
         alias="HEADWATER_ACCESS_TOKEN",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -133,13 +133,33 @@ class _Histogram(Histogram):
         self._buckets[bisect_left(self._upper_bounds, amount)].inc(times)
 
 
+class _Named(CollectorRegistry):
+    """A registry as it is shown: with the process named in every series."""
+
+    def __init__(self, registry: CollectorRegistry, process: str) -> None:
+        super().__init__()
+        self._shown = registry
+        self._process = process
+
+    def collect(self) -> Iterator[Any]:
+        for family in self._shown.collect():
+            named = [one._replace(labels={**one.labels, "process": self._process}) for one in family.samples]
+            family.samples = named
+            yield family
+
+
 Listener = Callable[[str, float, dict[str, str]], None]
 
 
 class Telemetry:
-    """The metrics of one process, in a registry of its own."""
+    """The metrics of one process, in a registry of its own.
 
-    def __init__(self) -> None:
+    With `process`, every series carries that label: whoever reads them where several processes answer by turns gets a
+    series for each, and none that jumps between them.
+    """
+
+    def __init__(self, process: str = "") -> None:
+        self._process = process
         self.registry = CollectorRegistry()
         self._metrics: dict[str, Any] = {metric.name: self._make(metric) for metric in METRICS}
         self._listeners: list[Listener] = []
@@ -179,7 +199,7 @@ class Telemetry:
 
     def exposition(self) -> bytes:
         """The registry in Prometheus's text format."""
-        return generate_latest(self.registry)
+        return generate_latest(_Named(self.registry, self._process) if self._process else self.registry)
 
     def serve(self, host: str, port: int) -> Callable[[], None]:
         """Serve the exposition over HTTP in a thread, for a process without a web server. Returns what ends it.

@@ -32,9 +32,9 @@ logger = logging.getLogger(__name__)
 class App:
     """The ASGI application of one process. Its parts live between the lifespan's start and end."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, process: str = "") -> None:
         self.settings = settings
-        self.telemetry = Telemetry()
+        self.telemetry = Telemetry(process)
         #: None before the lifespan's start and after its end.
         self.graph: Graph | None = None
         self.api = make_api()
@@ -98,9 +98,12 @@ class App:
         await send({"type": "lifespan.shutdown.complete"})
 
 
-def create_app(settings: Settings | None = None) -> App:
-    """The application; the settings come from the environment unless given. Raises SettingsError."""
-    return App(settings or load_settings())
+def create_app(settings: Settings | None = None, process: str = "") -> App:
+    """The application; the settings come from the environment unless given. Raises SettingsError.
+
+    `process` names it in its metrics when several share one address.
+    """
+    return App(settings or load_settings(), process)
 
 
 def make_api() -> FastAPI:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from headwater.cli.shared import DataDir, Parent, adopt, coloured, settings_with, start_logging
-from headwater.settings import Settings
+from headwater.settings import Settings, child_environment
 
 Host = Annotated[str | None, typer.Option("--host", help="Address to bind. [HOST, 127.0.0.1]")]
 Port = Annotated[int | None, typer.Option("--port", help="Port to bind; 0 takes a free one. [PORT, 5000]")]
@@ -48,32 +48,56 @@ def server(
     host: Host = None,
     port: Port = None,
     data_dir: DataDir = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", "-w", help="Processes on the one port. [HEADWATER_SERVER_WORKERS, 1]")
+    ] = None,
     fd: Annotated[int | None, typer.Option(hidden=True)] = None,
+    process: Annotated[str, typer.Option(hidden=True)] = "",
     parent: Parent = None,
 ) -> None:
     """Run the web server alone: the page, the API and the streams.
 
     Needs REDIS_URL and DATABASE_URL. An address other than loopback needs HEADWATER_ACCESS_TOKEN. SIGTERM drains it:
-    open streams are told to reconnect, and it ends within five seconds. DEBUG=1 logs every request. Start more of
-    them behind a proxy to scale.
+    open streams are told to reconnect, and it ends within five seconds. DEBUG=1 logs every request. With
+    several processes the kernel spreads connections over them, one that dies is started again, and each counts its
+    own metrics. Start more of them behind a proxy to scale further.
     """
     from headwater.dev.ports import listen
 
     adopt(parent)
-    settings = settings_with(host=host, port=port, data_dir=data_dir)
+    settings = settings_with(host=host, port=port, data_dir=data_dir, server_workers=workers)
     settings.check_exposed()
     settings.need_redis()
     settings.need_database()
     start_logging(settings, parent)
+    if fd is None and settings.server_workers > 1:
+        _servers(settings)
+        return
     listener = listen(settings.host, settings.port) if fd is None else socket.socket(fileno=fd)
 
     from headwater.api.app import create_app
     from headwater.api.server import Server, configure
 
-    application = create_app(settings)
+    application = create_app(settings, process)
     address, bound = listener.getsockname()[:2]
     logging.getLogger("headwater.server").info("listening on %s port %d", address, bound)
     Server(configure(application, settings), application).run(sockets=[listener])
+
+
+def _servers(settings: Settings) -> None:
+    """Several server processes, and this one to watch over them."""
+    from headwater.clock import SystemClock
+    from headwater.dev.console import Console
+    from headwater.dev.group import Group
+    from headwater.dev.part import server_programs
+    from headwater.dev.ports import listen_each
+
+    listeners = listen_each(settings.host, settings.port, settings.server_workers)
+    console = Console(SystemClock(), colour=coloured(settings, sys.stderr), stream=sys.stderr)
+    environment = child_environment(HOST=settings.host, HEADWATER_DATA_DIR=str(settings.data_dir))
+    address, bound = listeners[0].getsockname()[:2]
+    console.say("server", f"listening on {address} port {bound} with {len(listeners)} processes")
+    asyncio.run(Group(server_programs(listeners, environment, console), console).run())
 
 
 def worker(

@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import sys
 from abc import ABC, abstractmethod
 from collections import deque
@@ -24,6 +25,8 @@ MAX_BACKOFF: Final = 15.0
 STEADY: Final = 30.0
 #: Lines of a part that are repeated when it cannot start.
 TAIL: Final = 12
+#: What uvicorn says once it takes requests. Several at one address cannot be asked one by one.
+_SERVER_READY: Final = re.compile(r"Application startup complete")
 
 Ready = Callable[[], Awaitable[None]]
 
@@ -215,6 +218,29 @@ class Program(Part):
             self._told = process.pid
             self._console.say(self.name, f"ready (process {process.pid})")
         self.ready.set()
+
+
+def server_programs(
+    listeners: Sequence[socket.socket],
+    environment: dict[str, str],
+    console: Console,
+    first_answers: Ready | None = None,
+) -> list[Program]:
+    """The web server's processes, one for each socket. A single one is ready when `first_answers` returns."""
+    alone = len(listeners) == 1
+    return [
+        Program(
+            "server" if alone else f"server-{number}",
+            # One that is not told its number would make several of itself by the environment's setting.
+            ["server", "--workers", "1", "--fd", str(one.fileno()), *([] if alone else ["--process", str(number)])],
+            environment,
+            console,
+            becomes_ready=first_answers if alone else None,
+            ready_line=None if alone else _SERVER_READY,
+            descriptors=[one.fileno()],
+        )
+        for number, one in enumerate(listeners, 1)
+    ]
 
 
 def ended(code: int) -> str:

@@ -22,6 +22,26 @@ def listen(host: str, port: int) -> socket.socket:
 
     The supervisor keeps it open, so while the server is started again clients wait instead of being refused.
     """
+    return _listen(host, port, shared=False)
+
+
+def listen_each(host: str, port: int, count: int) -> list[socket.socket]:
+    """A socket for each of `count` processes, all at one address. Raises PortTaken.
+
+    The kernel spreads connections evenly over them. From one socket that all accept from, the first to wake would take
+    most, and streams stay where they are.
+    """
+    first = listen(host, port)
+    if count == 1 or sys.platform != "linux":
+        # Elsewhere the kernel does not spread: there they do share one.
+        return [first] * count
+    # Bound alone until here, so that a port which somebody else shares as well counts as taken.
+    port = first.getsockname()[1]
+    first.close()
+    return [_listen(host, port, shared=True) for _ in range(count)]
+
+
+def _listen(host: str, port: int, *, shared: bool) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
@@ -29,6 +49,8 @@ def listen(host: str, port: int) -> socket.socket:
     server = socket.socket(family, kind, protocol)
     try:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         server.bind(address)
         server.listen(2048)
     except OSError as error:

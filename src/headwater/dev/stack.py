@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from headwater.dev.console import Console
-from headwater.dev.part import Part, Program, Server
+from headwater.dev.part import Part, Program, Server, server_programs
 from headwater.dev.place import Place
-from headwater.dev.ports import listen
+from headwater.dev.ports import listen_each
 from headwater.dev.services import Postgres, Redis
 from headwater.errors import HeadwaterError
 from headwater.note import Note
@@ -48,7 +48,7 @@ class NotReady(HeadwaterError):
 class _Running:
     """What is up so far, to be taken down again."""
 
-    listener: socket.socket | None = None
+    listeners: list[socket.socket] = field(default_factory=list)
     place: Place | None = None
     #: In the order they were started.
     parts: list[Part] = field(default_factory=list)
@@ -116,12 +116,12 @@ class Stack:
         begun = asyncio.get_running_loop().time()
         settings = self._settings
         settings.check_exposed()
-        self._up.listener = listener = listen(settings.host, settings.port)
+        self._up.listeners = listeners = listen_each(settings.host, settings.port, settings.server_workers)
         self._up.place = place = Place.hold(settings.data_dir)
         redis_url, database_url = await self._servers(place)
-        url = _address(settings.host, listener)
+        url = _address(settings.host, listeners[0])
         place.write_note(Note(pid=os.getpid(), url=url, redis_url=redis_url, database_url=database_url))
-        environment = self._programs(listener, redis_url, database_url)
+        environment = self._programs(listeners, redis_url, database_url)
         await self._all_ready()
         self._banner(url, asyncio.get_running_loop().time() - begun)
         if self._beat:
@@ -180,27 +180,20 @@ class Stack:
         if not embedded:
             self._console.say("postgres", "DATABASE_URL answers, its schema is up to date")
 
-    def _programs(self, listener: socket.socket, redis_url: str, database_url: str) -> dict[str, str]:
+    def _programs(self, listeners: list[socket.socket], redis_url: str, database_url: str) -> dict[str, str]:
         """Begin the worker and the server. Returns the environment they have."""
         settings = self._settings
         environment = child_environment(
             REDIS_URL=redis_url,
             DATABASE_URL=database_url,
             HOST=settings.host,
-            PORT=str(listener.getsockname()[1]),
+            PORT=str(listeners[0].getsockname()[1]),
             HEADWATER_DATA_DIR=str(settings.data_dir),
             PYTHONUNBUFFERED="1",
         )
         for program in (
             Program("worker", ["worker"], environment, self._console, ready_line=_WORKER_READY),
-            Program(
-                "server",
-                ["server", "--fd", str(listener.fileno())],
-                environment,
-                self._console,
-                becomes_ready=lambda: _answers(listener),
-                descriptors=[listener.fileno()],
-            ),
+            *server_programs(listeners, environment, self._console, lambda: _answers(listeners[0])),
         ):
             self._supervise(program)
         return environment
@@ -225,16 +218,16 @@ class Stack:
 
     async def _take_down(self) -> None:
         up = self._up
-        by_name = {part.name: part for part in up.parts}
+        kinds = [(part.name.partition("-")[0], part) for part in up.parts]
         # The server first, so that nothing new comes in; the stores last, so that nothing said is lost.
         for names in (("server",), ("worker", "beat"), ("redis",), ("postgres",)):
-            await asyncio.gather(*(by_name[name].stop(GRACE[name]) for name in names if name in by_name))
+            await asyncio.gather(*(part.stop(GRACE[kind]) for kind, part in kinds if kind in names))
         results = await asyncio.gather(*up.tasks, return_exceptions=True)
         for task, result in zip(up.tasks, results, strict=True):
             if isinstance(result, Exception) and not isinstance(result, HeadwaterError):
                 self._console.say(task.get_name(), f"its supervision failed: {result!r}", "error")
-        if up.listener is not None:
-            up.listener.close()
+        for listener in up.listeners:
+            listener.close()
         if up.place is not None:
             up.place.release()
         if self._stop_reason:
