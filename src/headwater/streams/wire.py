@@ -7,6 +7,7 @@ cost twenty times as much a command. RESP2: the same answers from Redis 6.2 to V
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import ssl
@@ -40,7 +41,9 @@ async def connect(where: Mapping[str, Any], name: bytes, receive: Receive, *, da
         host, port = where.get("host", "localhost"), where.get("port", 6379)
         tls = _tls(where) if "connection_class" in where else None
         transport, connection = await loop.create_connection(factory, host, port, ssl=tls)
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        # It may be gone again already, which uvloop says with a RuntimeError; the sign-in tells.
+        with contextlib.suppress(OSError, RuntimeError):
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     try:
         await connection.sign_in(where.get("username"), where.get("password"), database, name)
     except BaseException:
