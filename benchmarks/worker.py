@@ -50,6 +50,8 @@ class Contestant:
     steps: Sequence[int]
     #: Whether each answer takes a process.
     forks: bool = False
+    #: Whether it is measured at every step, also above what it carries.
+    whole: bool = False
     #: Bytes of the worker with nothing to do.
     idle: float = 0.0
     #: The largest step it carried.
@@ -153,7 +155,11 @@ async def _contestants(quick: bool) -> AsyncIterator[tuple[list[Contestant], Red
                 OPENAI_MODEL="scripted",
                 HEADWATER_WORKER_CONCURRENCY=str(ANSWERS + 10),
             )
-            contestants = [Contestant("headwater", program, _sender(redis), [50] if quick else [100, 300, ANSWERS])]
+            contestants = [
+                Contestant(
+                    "headwater", program, _sender(redis), [50] if quick else [100, 300, 600, ANSWERS], whole=True
+                )
+            ]
             for pool, forks in (("prefork", True), ("threads", False)):
                 url = redis.url(database=1 + forks)
                 command = [sys.executable, "-m", "celery", "-A", "benchmarks.naive_worker", "worker"]
@@ -210,14 +216,14 @@ async def _drain(one: Contestant, source: Provider) -> None:
 
 
 async def _ramp(one: Contestant, redis: Redis, source: Provider, report: Report) -> Window:
-    """More and more answers until it does not carry them; what it carried last, or what it did at the first step."""
+    """More and more answers, as a rule until it does not carry them; the last it carried, or else the first."""
     kept: Window | None = None
     for step in one.steps:
         window = await _window(one, step, redis, source)
         report.rows.append(window.row())
         if kept is None or window.carried:
             kept, one.best = window, step
-        if not window.carried:
+        if not (window.carried or one.whole):
             break
     assert kept is not None
     return kept
