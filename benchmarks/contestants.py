@@ -20,7 +20,8 @@ from headwater.events import Event, EventType
 from headwater.ids import new_id
 from headwater.runs import Lease, Run
 from headwater.streams import keys
-from headwater.streams.redis import RedisStreamLog, Scripts
+from headwater.streams.redis import RedisStreamLog
+from headwater.streams.scripts import Scripts
 
 #: Characters of text in an event, which makes about 100 bytes of JSON.
 TEXT: Final = 30
@@ -79,6 +80,8 @@ class Headwater(Contestant):
 
     name = "headwater"
     answer = "$2\r\nok"
+    # Each is checked for its owner and reads its log before it is live.
+    per_second = 500
 
     def __init__(self, parts: Parts, redis: Redis, core: int | None) -> None:
         server = parts.headwater(

@@ -169,6 +169,13 @@ def _goals(report: Report, distinct: Sequence[Window], shared: Sequence[Window])
             f"{disturbed} of {len(distinct) + len(shared)} windows were disturbed (steal above 5 % or other programs "
             "above 25 % of the machine): their tails say more about the neighbours."
         )
+    behind = [one for one in (*distinct, *shared) if one.offered < 0.98 * one.asked]
+    if behind:
+        names = ", ".join(dict.fromkeys(one.contestant for one in behind))
+        report.notes.append(
+            f"{len(behind)} windows had fewer events than were to be published ({names}): Redis, or the server for "
+            "Nchan, took no more."
+        )
     full = max(window.client_core for window in [*distinct, *shared])
     report.notes.append(
         f"The load client took {full:.0%} of its core at most"
@@ -286,16 +293,23 @@ def _bend(name: str, windows: Sequence[Window], rate: float) -> str:
     for window in windows:
         behind = window.offered < 0.98 * rate * window.readers
         if window.delivered < 0.995 or window.p99_ms > 250 or behind:
-            others = window.redis_core + window.publisher_core + window.client_core
-            why = (
-                f"the server's core is full ({window.server_core:.0%})"
-                if window.server_core > 0.9
-                else f"the server has {1 - window.server_core:.0%} of its core left, but Redis, the publisher and the "
-                f"readers take {others:.0%} of a core between them and other programs {window.foreign:.0%} of the "
-                "machine"
-            )
-            return f"{name} bends at {window.readers:,} streams: {why}."
+            return f"{name} bends at {window.readers:,} streams: {_full(window)}."
     return f"{name} keeps up to {windows[-1].readers:,} streams, the most that was tried."
+
+
+def _full(window: Window) -> str:
+    shares = {
+        "the server": window.server_core,
+        "Redis": window.redis_core,
+        "the publisher": window.publisher_core,
+        "the load client": window.client_core,
+    }
+    most = max(shares, key=lambda name: shares[name])
+    parts = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    around = f"of a core each: {parts}; of the machine: other programs {window.foreign:.0%}, steal {window.steal:.0%}"
+    if shares[most] > 0.85:
+        return f"{most} has a core full ({around})"
+    return f"no process of its own has a core full, the machine is ({around})"
 
 
 def _picture(distinct: Sequence[Window], shared: Sequence[Window], idle: dict[str, float]) -> str:

@@ -37,7 +37,8 @@ class Window:
     readers: int
     #: Readers that were refused or whose stream ended; what they should have got counts as not delivered.
     lost: int
-    #: Deliveries per second that were due.
+    #: Deliveries per second that were planned, and that were due by what was really published.
+    asked: float
     offered: float
     delivered: float
     #: CPU microseconds per delivered event: the server alone, and Redis.
@@ -124,6 +125,7 @@ def window(name: str, load: Load, seen: dict[str, Any], published: int, usage: U
         runs=load.runs,
         readers=load.readers,
         lost=seen["refused"] + seen["ended"],
+        asked=load.rate * load.readers,
         offered=due / load.seconds,
         delivered=seen["delivered"] / max(1.0, due),
         cpu_us=usage.cpu["server"] / events * 1e6,

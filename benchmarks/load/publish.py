@@ -20,9 +20,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-#: Events that one write may hold, and bytes that may wait for a server that takes no more.
+#: Events that one write may hold, and bytes that may wait for a server that takes no more: few, because an event has
+#: its time already, and what waits here is not published yet.
 BURST = 256
-WAITING = 1_000_000
+WAITING = 65_536
 HOLE = re.compile("@event#?@|@seq#?@")
 
 
@@ -32,6 +33,7 @@ class Connection:
     def __init__(self, port: int, answer: bytes) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port))
         self.socket.setblocking(False)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, WAITING)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.answered = 0
         self.out = bytearray()
