@@ -14,6 +14,7 @@ import orjson
 import pytest
 from redis.asyncio.connection import AbstractConnection
 
+import headwater.streams.redis
 from chaos.proxy import Proxy
 from headwater.errors import LogLost, LogUnavailable
 from headwater.events import Event
@@ -452,6 +453,23 @@ class TestPacking:
         assert 50_000 < await world.raw.zscore("headwater:due", fresh.run_id) - seconds * 1000 <= 61_000
         await log.close()
         await later.close()
+
+    async def test_of_many_some_are_packed_at_each_look(
+        self, world: RedisWorld, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(headwater.streams.redis, "PACKS", 2)
+        leases = [await self.ended(world, "x" * 2000) for _ in range(5)]
+        log = self.packer(world)
+        packed: list[int] = []
+        for _ in range(3):
+            assert await log.due(10) == []
+            packed.append(len([lease for lease in leases if await self.packed(world, lease)]))
+            for name, score in await world.raw.zrange("headwater:due", 0, -1, withscores=True):
+                assert score > (await world.raw.time())[0] * 1000
+                await world.look_soon(name)
+        assert packed == [2, 4, 5]
+        assert await world.raw.zcard("headwater:due") == 0
+        await log.close()
 
     async def test_two_at_once_pack_it_once(self, world: RedisWorld) -> None:
         lease = await self.ended(world, *(f" word {n}" for n in range(500)))

@@ -243,21 +243,25 @@ class RedisStreamLog(StreamLog):
 
     async def _tidy(self, ended: Sequence[Meta], now: int) -> list[Command]:
         """Pack what has ended long ago; what takes out of sight those that need no further look."""
-        finished: list[str] = []
-        packs = 0
-        for meta in ended:
-            try:
-                wait = max(0, meta.updated_at + self._compress_after_ms - now) or (packs >= PACKS) * PACK_PAUSE_MS
-                if self._compress_over and wait:
-                    await self._send(("ZADD", keys.DUE, "XX", now + wait, meta.run_id))
-                    continue
-                if self._compress_over:
-                    packs += 1
-                    await self._pack(meta)
-            except LogUnavailable as error:
-                # A full server takes no write. The log stays as it is until it expires.
-                logger.info("The log of run %s is not packed: %s", meta.run_id, error)
-            finished.append(meta.run_id)
+        later: dict[str, int] = {}
+        packs: list[Meta] = []
+        if self._compress_over:
+            for meta in ended:
+                wait = meta.updated_at + self._compress_after_ms - now
+                if wait > 0 or len(packs) == PACKS:
+                    later[meta.run_id] = now + max(wait, PACK_PAUSE_MS)
+                else:
+                    packs.append(meta)
+        try:
+            if later:
+                await self._send(*(("ZADD", keys.DUE, "XX", at, run_id) for run_id, at in later.items()))
+            for meta in packs:
+                await self._pack(meta)
+        except LogUnavailable as error:
+            # A full server takes no write. The logs stay as they are until they expire.
+            logger.info("Logs of ended runs are not packed: %s", error)
+            later.clear()
+        finished = [meta.run_id for meta in ended if meta.run_id not in later]
         return [("ZREM", keys.DUE, *finished)] if finished else []
 
     async def _pack(self, meta: Meta) -> None:
