@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from redis.asyncio import Redis
 
+from headwater.errors import LogLost
 from headwater.events import Cursor, Event
 from headwater.hub import Hub, Subscription
+from headwater.streams import keys
 from headwater.streams.feed import RedisFeed
 from headwater.streams.redis import RedisStreamLog
 from headwater.telemetry import Telemetry
-from support.own_redis import frozen, own_redis
+from support.own_redis import OwnRedis, frozen, own_redis
 from support.streams import RedisWorld, end, new_run, numbered, seqs
 from support.wait import eventually
 
@@ -179,6 +182,78 @@ async def test_a_server_that_restarts_empty_and_a_worker_that_still_holds_the_ru
             await world.log.append(lease, [end(9)])
             assert seqs(await rest(reader)) == [6, 7, 8, 9]
             assert seqs(await rest(late)) == list(range(1, 10))
+        await world.close()
+
+
+@asynccontextmanager
+async def failing_over(folder: Path, run_id: str) -> AsyncIterator[tuple[OwnRedis, Callable[[], Awaitable[None]]]]:
+    """A server with a replica. The first call cuts the two apart, the second has the replica take its place."""
+    with (
+        own_redis(folder / "one", **{"repl-diskless-sync-delay": "0"}) as master,
+        own_redis(folder / "two", replicaof=f"127.0.0.1 {master.port}") as replica,
+    ):
+        async with Redis.from_url(replica.url()) as raw:
+
+            async def has_all() -> bool:
+                return int(await raw.llen(keys.chunks(run_id))) == 5
+
+            async def cut_apart() -> None:
+                await eventually(has_all, BOUND)
+                await raw.execute_command("REPLICAOF", "NO", "ONE")  # type: ignore[no-untyped-call]
+
+            async def exchange() -> None:
+                master.kill()
+                await raw.execute_command("CONFIG", "SET", "port", master.port)  # type: ignore[no-untyped-call]
+
+            steps = iter((cut_apart, exchange))
+            yield master, lambda: next(steps)()
+
+
+async def test_a_replica_that_takes_over_without_the_newest_events_gets_them_from_the_worker(tmp_path: Path) -> None:
+    run = new_run()
+    async with failing_over(tmp_path, run.id) as (master, go_on):
+        world = RedisWorld(master.url())
+        async with a_hub(master.url(), watchdog=0.5) as (hub, _):
+            reader, late = hub.subscribe(run.id, None), hub.subscribe(run.id, None)
+            lease = await world.written(run, 5)
+            await go_on()
+            await world.log.append(lease, numbered(6, 9))
+            await take(reader, 9)
+            await go_on()
+            with pytest.raises(LogLost):
+                await world.log.append(lease, numbered(10, 10))
+            await world.log.restore(lease, run, numbered(1, 10))
+            await world.log.append(lease, [end(11)])
+            assert seqs(await rest(reader)) == [10, 11]
+            assert seqs(await rest(late)) == list(range(1, 12))
+        await world.close()
+
+
+async def test_a_replica_that_takes_over_without_the_newest_events_of_a_worker_that_is_gone_means_a_reset(
+    tmp_path: Path,
+) -> None:
+    run = new_run()
+    async with failing_over(tmp_path, run.id) as (master, go_on):
+        world = RedisWorld(master.url())
+        brief = world.another(lease_seconds=0.1)
+        async with a_hub(master.url(), watchdog=0.5) as (hub, _):
+            reader = hub.subscribe(run.id, None)
+            first = await brief.claim(run, "one")
+            await brief.append(first, numbered(1, 5))
+            await go_on()
+            await brief.append(first, numbered(6, 9))
+            await take(reader, 9)
+            away = Cursor(first.epoch, 9)
+            await go_on()
+            await world.lease_runs_out(run.id)
+            # More than was lost, so that nothing but the epoch tells a reader at 9 that these are others.
+            second = await world.log.claim(new_run(id=run.id, attempt=1), "two")
+            await world.log.append(second, [*numbered(second.length + 1, 20, "again "), end(21)])
+            told = [*numbered(second.length + 1, 20, "again "), end(21)]
+            for each in (reader, hub.subscribe(run.id, away)):
+                resets: list[str] = []
+                assert await rest(each, resets) == told
+                assert resets == [second.epoch] != [first.epoch]
         await world.close()
 
 
