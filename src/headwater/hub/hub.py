@@ -66,7 +66,7 @@ class Hub(Service):
         telemetry: Telemetry,
         heartbeat: float = 15.0,
         watchdog: float = 5.0,
-        max_pending: int = 65_536,
+        max_pending: int = 262_144,
         clock: Clock | None = None,
     ) -> None:
         super().__init__("hub")
