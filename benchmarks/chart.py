@@ -10,7 +10,7 @@ from typing import Final
 
 WIDTH: Final = 860
 LABEL: Final = 190
-VALUE: Final = 130
+VALUE: Final = 190
 ROW: Final = 24
 HEAD: Final = 46
 

@@ -312,6 +312,12 @@ def _full(window: Window) -> str:
     return f"no process of its own has a core full, the machine is ({around})"
 
 
+def _short(windows: Sequence[Window]) -> str:
+    """What to say of a server that did not deliver everything."""
+    delivered = _mid(windows, lambda one: one.delivered)
+    return "" if delivered >= 0.999 else f", {delivered:.0%} delivered"
+
+
 def _picture(distinct: Sequence[Window], shared: Sequence[Window], idle: dict[str, float]) -> str:
     groups = []
     for title, windows in (("one reader per run", distinct), ("readers share runs", shared)):
@@ -322,7 +328,9 @@ def _picture(distinct: Sequence[Window], shared: Sequence[Window], idle: dict[st
         p50 = {name: _mid(of[name], lambda one: one.p50_ms) for name in names}
         groups.append(
             Bars(
-                f"CPU per delivered event, {title}", note, [(name, cpu[name], f"{cpu[name]:.1f} µs") for name in names]
+                f"CPU per delivered event, {title}",
+                note,
+                [(name, cpu[name], f"{cpu[name]:.1f} µs{_short(of[name])}") for name in names],
             )
         )
         groups.append(
