@@ -183,13 +183,19 @@ class Settings(BaseSettings):
         description="Runs at once per worker process. Default: 1000; with threads 64; with prefork, where each takes a "
         "process, two per core.",
     )
+    worker_processes: int = Field(
+        1,
+        alias="HEADWATER_WORKER_PROCESSES",
+        gt=0,
+        description="Processes of `headwater worker` and of `headwater up`'s worker. One takes one core.",
+    )
     worker_metrics_port: int = Field(
         0,
         alias="HEADWATER_WORKER_METRICS_PORT",
         ge=0,
         le=65535,
-        description="Port at HOST where a worker serves its metrics; 0 is off. Not with prefork. "
-        "The port asks for no token.",
+        description="Port at HOST where a worker serves its metrics; 0 is off. Several processes take it and those "
+        "after it. Not with prefork. The port asks for no token.",
     )
     db_pool_size: int = Field(
         5, alias="HEADWATER_DB_POOL_SIZE", gt=0, description="PostgreSQL connections per process."

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -32,7 +34,7 @@ from headwater.streams.base import StreamLog
 from headwater.transcript import Transcript
 from support.openai_scenarios import answer, chunk
 from support.openai_server import OpenAIServer
-from support.stack import Stack, StackMaker
+from support.stack import Process, Stack, StackMaker
 from support.wait import eventually
 
 #: A lease as short as it may be, so that a dead worker is noticed soon.
@@ -385,6 +387,57 @@ async def test_celerys_own_command_starts_a_worker_that_can_be_asked_and_that_le
     finally:
         if process.returncode is None:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+async def test_several_worker_processes_are_one_command(make_stack: StackMaker) -> None:
+    port = free_port()
+    settings = {**QUICK, "HEADWATER_WORKER_METRICS_PORT": str(port)}
+    stack = await make_stack(servers=0, workers=0, settings=settings, start=False)
+    pair = Pair("pair", ["worker", "--processes", "2", "--name", "pair@%h"], stack.environment, stack.folder)
+    try:
+        await pair.start()
+        async with client_of(stack) as client, httpx.AsyncClient(trust_env=False) as http:
+            asked = await asyncio.to_thread(lambda: client.celery.control.inspect(timeout=5, limit=2).stats())
+            assert sorted(name.partition("@")[0] for name in asked) == ["pair-1", "pair-2"]
+            assert {facts["pool"]["implementation"] for facts in asked.values()} == {"headwater.worker.pool:AsyncPool"}
+            assert {facts["pool"]["max-concurrency"] for facts in asked.values()} == {4}
+            for each in (port, port + 1):
+                assert (await http.get(f"http://127.0.0.1:{each}/metrics")).status_code == 200
+            # One that dies is begun again, and the other has its run meanwhile.
+            question = f"Who is there? {new_id()} [[words:60]][[rate:30]]"
+            run = await client.send(question)
+            await client.speaking(run, 3)
+            dead = await pid_of(client, run)
+            assert dead in pair.workers()
+            os.kill(dead, signal.SIGKILL)
+            check_whole(await client.ended(run), answer(question, 60))
+            await eventually(lambda: len(pair.workers()) == 3, 30)
+            assert "starting it again" in pair.log()
+            # Nothing outlives the supervisor, whether it is told to end or killed.
+            await pair.terminate()
+            assert (pair.exit_code, alive(pair.workers())) == (0, [])
+            await pair.start()
+            os.kill(pair.pid, signal.SIGKILL)
+            await eventually(lambda: not alive(pair.workers()), 30)
+    finally:
+        for pid in alive(pair.workers()):
+            os.kill(pid, signal.SIGKILL)
+        pair.kill()
+
+
+class Pair(Process):
+    """Two workers under one supervisor."""
+
+    def workers(self) -> list[int]:
+        """The processes it said were ready, in order."""
+        return [int(pid) for pid in re.findall(r"worker-\d +│ ready \(process (\d+)\)", self.log())]
+
+    async def _answers(self) -> bool:
+        return len(self.workers()) == 2
+
+
+def alive(pids: list[int]) -> list[int]:
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
 async def test_a_worker_serves_the_figures_of_the_runs_it_executed(make_stack: StackMaker) -> None:

@@ -107,19 +107,26 @@ def worker(
     pool: Annotated[
         str | None, typer.Option("--pool", "-P", help="asyncio, prefork, threads or solo. [HEADWATER_WORKER_POOL]")
     ] = None,
+    processes: Annotated[
+        int | None, typer.Option("--processes", help="Worker processes. [HEADWATER_WORKER_PROCESSES, 1]")
+    ] = None,
     name: Annotated[str | None, typer.Option("--name", "-n", help="Its name among several, e.g. blue@%h.")] = None,
     parent: Parent = None,
 ) -> None:
     """Run a worker alone: it takes runs from Redis and answers them.
 
     Needs REDIS_URL and DATABASE_URL. Start as many as you like, on as many machines; each run goes to one of them.
-    SIGTERM hands what it is answering to another worker. Celery's own command, celery -A headwater.worker worker,
+    SIGTERM hands what it is answering to another worker. With --processes, several under a supervisor that starts a
+    dead one again, each with a number in its name. Celery's own command, celery -A headwater.worker worker,
     starts a worker for the same tasks, with the pool that Celery is told.
     """
     adopt(parent)
-    settings = settings_with(worker_concurrency=concurrency, worker_pool=pool)
+    settings = settings_with(worker_concurrency=concurrency, worker_pool=pool, worker_processes=processes)
     settings.need_redis()
     settings.need_database()
+    if settings.worker_processes > 1:
+        _workers(settings, name)
+        return
     start_logging(settings, parent)
     from headwater.worker.celery_app import create_app
 
@@ -136,6 +143,21 @@ def worker(
     if name:
         arguments.append(f"--hostname={name}")
     _celery(app, settings, arguments)
+
+
+def _workers(settings: Settings, name: str | None) -> None:
+    """Several worker processes, and this one to watch over them."""
+    from headwater.clock import SystemClock
+    from headwater.dev.console import Console
+    from headwater.dev.group import Group
+    from headwater.dev.part import worker_programs
+
+    console = Console(SystemClock(), colour=coloured(settings, sys.stderr), stream=sys.stderr)
+    environment = child_environment(
+        HEADWATER_WORKER_POOL=settings.worker_pool, HEADWATER_WORKER_CONCURRENCY=str(settings.concurrency)
+    )
+    # A worker hands its runs over at once; the rest is closing.
+    asyncio.run(Group(worker_programs(settings, environment, console, name or "worker@%h"), console, grace=8.0).run())
 
 
 def beat(parent: Parent = None) -> None:

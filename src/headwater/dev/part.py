@@ -17,6 +17,7 @@ from typing import Final
 from headwater.dev.console import Console
 from headwater.dev.services import Postgres, Redis
 from headwater.errors import HeadwaterError
+from headwater.settings import Settings
 
 #: Seconds before the first restart; doubles up to MAX_BACKOFF.
 FIRST_BACKOFF: Final = 0.5
@@ -25,6 +26,8 @@ MAX_BACKOFF: Final = 15.0
 STEADY: Final = 30.0
 #: Lines of a part that are repeated when it cannot start.
 TAIL: Final = 12
+#: The last line a Celery worker writes before it takes work.
+_WORKER_READY: Final = re.compile(r"\bready\.?$")
 #: What uvicorn says once it takes requests. Several at one address cannot be asked one by one.
 _SERVER_READY: Final = re.compile(r"Application startup complete")
 
@@ -241,6 +244,23 @@ def server_programs(
         )
         for number, one in enumerate(listeners, 1)
     ]
+
+
+def worker_programs(
+    settings: Settings, environment: dict[str, str], console: Console, name: str = "worker@%h"
+) -> list[Program]:
+    """HEADWATER_WORKER_PROCESSES workers, each with a name and a metrics port of its own."""
+    if settings.worker_processes == 1:
+        return [Program("worker", ["worker"], environment, console, ready_line=_WORKER_READY)]
+    node, _, host = name.rpartition("@")
+    programs = []
+    for number in range(1, settings.worker_processes + 1):
+        port = settings.worker_metrics_port + number - 1 if settings.worker_metrics_port else 0
+        own = {**environment, "HEADWATER_WORKER_METRICS_PORT": str(port)}
+        # One that is not told its number would make several of itself by the environment's setting.
+        arguments = ["worker", "--processes", "1", "--name", f"{node or 'celery'}-{number}@{host}"]
+        programs.append(Program(f"worker-{number}", arguments, own, console, ready_line=_WORKER_READY))
+    return programs
 
 
 def ended(code: int) -> str:

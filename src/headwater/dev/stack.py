@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from headwater.dev.console import Console
-from headwater.dev.part import Part, Program, Server, server_programs
+from headwater.dev.part import Part, Program, Server, server_programs, worker_programs
 from headwater.dev.place import Place
 from headwater.dev.ports import listen_each
 from headwater.dev.services import Postgres, Redis
@@ -33,8 +33,6 @@ from headwater.settings import Settings, child_environment
 GRACE: Final = {"server": 3.0, "worker": 3.0, "beat": 2.0, "redis": 1.0, "postgres": 2.0}
 #: Seconds the programs may take from their start until they answer.
 READY_TIMEOUT: Final = 60.0
-#: The last line a Celery worker writes before it takes work.
-_WORKER_READY: Final = re.compile(r"\bready\.?$")
 _BEAT_READY: Final = re.compile(r"beat: Starting")
 
 
@@ -192,7 +190,7 @@ class Stack:
             PYTHONUNBUFFERED="1",
         )
         for program in (
-            Program("worker", ["worker"], environment, self._console, ready_line=_WORKER_READY),
+            *worker_programs(settings, environment, self._console),
             *server_programs(listeners, environment, self._console, lambda: _answers(listeners[0])),
         ):
             self._supervise(program)
