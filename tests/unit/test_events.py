@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import orjson
 import pytest
 from hypothesis import given
@@ -36,6 +38,16 @@ def test_the_encoded_form_begins_with_seq_type_and_time() -> None:
 def test_a_stamped_event_hands_out_the_same_bytes_every_time() -> None:
     event = events.content("x").stamped(1, 1)
     assert event.encode() is event.encode()
+
+
+def test_a_kept_event_takes_little_more_than_its_bytes() -> None:
+    tracemalloc.start()
+    try:
+        kept = [events.content("word ").stamped(seq, 1) for seq in range(1, 501)]
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert taken / len(kept) < 1_000
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"1", b"{}", b'{"type":"nope","seq":1,"at":1}', b'{"type":"done"}'])
