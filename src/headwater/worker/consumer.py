@@ -10,9 +10,11 @@ that does not is found by its lease.
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import Any
 
 from billiard.exceptions import RestartFreqExceeded
+from celery.exceptions import CPendingDeprecationWarning
 from celery.worker.consumer import Consumer
 
 logger = logging.getLogger(__name__)
@@ -34,7 +36,10 @@ class LastingConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """Take the broken connection apart; Celery reconnects afterwards."""
         try:
-            super().on_connection_error_after_connected(exc)
+            with warnings.catch_warnings():
+                # It warns of what a later version will do by default. We decided, in the configuration.
+                warnings.simplefilter("ignore", CPendingDeprecationWarning)
+                super().on_connection_error_after_connected(exc)
         except AttributeError as error:
             logger.warning("The broken connection to the broker is left as it is: %r", error)
 
