@@ -81,6 +81,12 @@ METRICS: Final[tuple[Metric, ...]] = (
         "both",
         "Hand-overs to Celery that failed; the sweeper repeats them.",
     ),
+    Metric(
+        "headwater_loop_lag_seconds",
+        "histogram",
+        "worker",
+        "How late the event loop is: something on it did not await.",
+    ),
     Metric("headwater_provider_retries_total", "counter", "worker", "Tries after the first.", ("code",)),
     Metric("headwater_provider_tokens_total", "counter", "worker", "Deltas received from the model's API."),
     Metric("headwater_http_requests_total", "counter", "server", "Requests answered.", ("method", "route", "status")),

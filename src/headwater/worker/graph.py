@@ -19,6 +19,7 @@ from headwater.service import running
 from headwater.settings import Settings
 from headwater.syncer import Syncer
 from headwater.telemetry import Telemetry
+from headwater.worker.lag import LoopLag
 from headwater.worker.presence import Presence
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ async def open_graph(settings: Settings, celery: Celery, *, metrics: bool = Fals
         if metrics and settings.worker_metrics_port:
             await _serve_metrics(stack, telemetry, settings)
         core = await open_core(settings, telemetry, celery, stack)
-        async with running(*core.services, core.runner.leases, Presence(core.log)):
+        async with running(*core.services, core.runner.leases, Presence(core.log), LoopLag(telemetry)):
             yield Graph(core.runner, core.syncer, core.journal, core.clock)
 
 
