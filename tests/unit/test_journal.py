@@ -696,14 +696,63 @@ async def test_a_truncated_file_is_refused_and_left_alone(case: Case) -> None:
     assert (await refused(case)).code == "journal_damaged"
 
 
-async def test_an_empty_file_beside_a_full_write_ahead_log_is_refused(case: Case) -> None:
+async def test_an_emptied_file_is_refused_and_salvaged_from_its_write_ahead_log(case: Case) -> None:
+    records = [said(str(number)) for number in range(20)]
+    await case.journal.append(records)
+    # As they are while it is open: once it is closed, the log is in the file.
+    log = case.path.with_name("journal.db-wal").read_bytes()
+    await case.journal.close()
+    case.path.write_bytes(b"")
+    case.path.with_name("journal.db-wal").write_bytes(log)
+    assert (await refused(case)).code == "journal_damaged"
+    assert case.path.with_name("journal.db-wal").read_bytes() == log
+
+    assert salvage(case.path, "now").waiting == 20
+    assert case.path.with_name("journal.db.damaged-now-wal").read_bytes() == log
+    later = case.another()
+    await later.open()
+    assert [entry.record.id for entry in await later.unsynced(100)] == [record.id for record in records]
+    await later.close()
+
+
+async def test_an_empty_file_is_no_new_journal(case: Case) -> None:
     path = await filled(case)
     path.write_bytes(b"")
-    log = path.with_name("journal.db-wal")
-    log.write_bytes(b"frames" * 1000)
+    error = await refused(case)
+    assert (error.code, "the file is empty" in str(error)) == ("journal_damaged", True)
+    with pytest.raises(JournalUnavailable, match="damaged"):
+        salvage(path, "now")
+    assert path.read_bytes() == b""
 
+
+async def test_a_write_ahead_log_that_cannot_be_read_is_not_ignored(case: Case) -> None:
+    await case.journal.append([said()])
+    log = bytearray(case.path.with_name("journal.db-wal").read_bytes())
+    await case.journal.close()
+    log[:32] = b"\xff" * 32
+    case.path.with_name("journal.db-wal").write_bytes(log)
+    error = await refused(case)
+    assert (error.code, "write-ahead log cannot be read" in str(error)) == ("journal_damaged", True)
+    assert case.path.with_name("journal.db-wal").read_bytes() == log
+
+
+async def test_a_file_whose_first_page_is_lost_is_refused_and_stays_where_it_is(case: Case) -> None:
+    path = await filled(case)
+    with path.open("r+b") as file:
+        file.write(b"\0" * 4096)
     assert (await refused(case)).code == "journal_damaged"
-    assert log.read_bytes() == b"frames" * 1000
+    before = path.read_bytes()
+    with pytest.raises(JournalUnavailable, match="aside together"):
+        salvage(path, "now")
+    assert path.read_bytes() == before
+
+
+async def test_a_folder_in_the_place_of_the_file_is_named(tmp_path: Path) -> None:
+    case = Case(tmp_path / "journal.db")
+    case.path.mkdir()
+    with pytest.raises(JournalUnavailable, match="is no file") as caught:
+        await case.journal.open()
+    assert caught.value.code == "journal_unwritable"
 
 
 async def test_a_database_of_another_program_is_refused(tmp_path: Path) -> None:

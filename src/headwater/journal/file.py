@@ -30,6 +30,8 @@ OLDEST_SQLITE: Final = (3, 51, 3)
 #: Marks the file as ours ("hwjr"), and the layout of its tables.
 APPLICATION_ID: Final = 0x68776A72
 LAYOUT: Final = 3
+#: How a write-ahead log of SQLite's begins.
+_WAL_MAGIC: Final = (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83")
 #: Seconds a writer waits for another process's commit.
 BUSY_WAIT: Final = 5.0
 #: Bytes to which the write-ahead log is cut back after a checkpoint.
@@ -113,7 +115,10 @@ class JournalFile:
 
     def connect(self) -> apsw.Connection:
         """A connection for the thread that calls."""
-        connection = apsw.Connection(str(self.path), flags=apsw.SQLITE_OPEN_READWRITE)
+        return self._connect(self.path)
+
+    def _connect(self, path: Path) -> apsw.Connection:
+        connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
         connection.set_busy_handler(_wait_briefly())
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT}")
@@ -146,30 +151,47 @@ class JournalFile:
 
     def _make_or_check(self) -> None:
         if not self.path.exists():
-            # SQLite gives its side files the mode of the file.
-            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            self._make()
+        elif not self.path.is_file():
+            raise unavailable(
+                f"The journal {self.path} is no file. Move it away or set HEADWATER_JOURNAL_PATH.", "journal_unwritable"
+            )
         elif not os.access(self.path, os.W_OK):
             raise unavailable(
                 f"The journal {self.path} cannot be written. Check its owner and mode.", "journal_unwritable"
             )
-        wal = self.path.with_name(f"{self.path.name}-wal")
-        if self.path.stat().st_size == 0 and wal.exists() and wal.stat().st_size > 0:
-            raise damaged(self.path, "the file is empty, its write-ahead log is not")
+        # Before SQLite sees it: it deletes the write-ahead log of an empty file, and ignores one that it cannot read.
+        if self.path.stat().st_size == 0:
+            raise damaged(self.path, "the file is empty")
+        log = _head(self.path.with_name(f"{self.path.name}-wal"))
+        if log and log not in _WAL_MAGIC:
+            raise damaged(self.path, "its write-ahead log cannot be read")
         connection = self.connect()
         try:
             self._check(connection)
         finally:
             connection.close()
 
-    def _check(self, connection: apsw.Connection) -> None:
-        # Reading the header comes first: nothing may be written to a file that is not ours.
-        if connection.pragma("schema_version") == 0:
+    def _make(self) -> None:
+        """Made beside and moved into place, so that an empty file is never a journal that was only begun."""
+        fresh = self.path.with_name(f"{self.path.name}.new")
+        for side in ("", "-wal", "-shm"):
+            fresh.with_name(f"{fresh.name}{side}").unlink(missing_ok=True)
+        # SQLite gives its side files the mode of the file.
+        os.close(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        connection = self._connect(fresh)
+        try:
             # Before the first table; later it would take a rewrite of the whole file.
             connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
             connection.execute("PRAGMA journal_mode = WAL")
             with connection:
                 connection.execute(_SCHEMA)
-            return
+        finally:
+            connection.close()
+        fresh.replace(self.path)
+
+    def _check(self, connection: apsw.Connection) -> None:
+        # Reading the header comes first: nothing may be written to a file that is not ours.
         if connection.pragma("application_id") != APPLICATION_ID:
             raise unavailable(
                 f"{self.path} is a database of another program. Set HEADWATER_JOURNAL_PATH to another file.",
@@ -186,6 +208,15 @@ class JournalFile:
         if connection.pragma("user_version") < LAYOUT:
             with connection:
                 connection.execute(f"{_CANCELS} PRAGMA user_version = {LAYOUT};")
+
+
+def _head(path: Path) -> bytes:
+    """The first four bytes; fewer of a file that has not got them, or is not there."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4)
+    except FileNotFoundError:
+        return b""
 
 
 def apsw_version() -> tuple[int, ...]:

@@ -50,7 +50,9 @@ def salvage(path: Path, stamp: str) -> Salvaged:
     """
     if not path.exists():
         raise unavailable(f"There is no journal {path}.", "journal_unwritable")
-    _must_be_alone(path)
+    if path.stat().st_size:
+        # Of an empty file SQLite would delete the write-ahead log, which may hold everything.
+        _must_be_alone(path)
     fresh = path.with_name(f"{path.name}.salvaged")
     # The damaged file is read from a copy: even opening it may change it.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
@@ -58,6 +60,9 @@ def salvage(path: Path, stamp: str) -> Salvaged:
         for side in _READ:
             with contextlib.suppress(FileNotFoundError):
                 shutil.copyfile(f"{path}{side}", f"{copy}{side}")
+        if not copy.stat().st_size:
+            # With a page, of whatever, SQLite reads the log beside it.
+            os.truncate(copy, 4096)
         _remove(fresh)
         try:
             with explained(path):
