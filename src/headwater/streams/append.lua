@@ -58,9 +58,12 @@ end
 local count = first + n - 1
 if ARGV[9] == '' then
   redis.call('HSET', KEYS[1], 'chunk_count', count, 'updated_at', now, 'lease_until', now + ARGV[6])
-  redis.call('EXPIRE', KEYS[1], ARGV[7])
-  redis.call('EXPIRE', KEYS[2], ARGV[7])
-  redis.call('EXPIRE', KEYS[3], ARGV[7])
+  -- Later on it is the renewal of the lease that lets them live on: once a second, not once a token.
+  if length == 0 then
+    for i = 1, 3 do
+      redis.call('EXPIRE', KEYS[i], ARGV[7])
+    end
+  end
 else
   redis.call('HSET', KEYS[1], 'chunk_count', count, 'updated_at', now, 'lease_until', 0,
     'status', ARGV[9], 'ended_at', now)
