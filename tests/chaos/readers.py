@@ -26,6 +26,10 @@ BROKEN: Final = (aiohttp.ClientError, TimeoutError, OSError)
 LATER: Final = frozenset({503, 507})
 
 
+#: A request that was refused for want of room: from when to when, in Unix milliseconds, and what was said.
+Refusal = tuple[int, int, str]
+
+
 class Left(Exception):
     """The reader goes away for a while."""
 
@@ -54,8 +58,7 @@ class World:
     accepted_after: list[float] = field(default_factory=list)
     #: Of the request that was answered so: when it began, by time.monotonic(), and seconds it took.
     requests: list[tuple[float, float]] = field(default_factory=list)
-    #: Requests that were refused for want of room: from when to when, in Unix milliseconds, and what was said.
-    refused: list[tuple[int, int, str]] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     def spawn(self, work: Awaitable[None]) -> None:

@@ -28,7 +28,7 @@ from chaos.faults import FAULTS
 from chaos.history import History
 from chaos.nemesis import Blow, Nemesis
 from chaos.people import Person
-from chaos.readers import LATER, World
+from chaos.readers import LATER, Refusal, World
 from chaos.report import Outcome, Plan, summary
 from headwater.clock import SystemClock
 
@@ -66,7 +66,7 @@ async def play(plan: Plan) -> Outcome:
             await _end([*people, *world.tasks])
         autopsy = await cluster.autopsy(history)
         await _stop(cluster)
-        _excuse(history, world, nemesis.blows)
+        excuse(history, world.refused, nemesis.blows, _wall())
         history.complaints += [*cluster.fallen, *(blow.failure for blow in nemesis.blows if blow.failure)]
         outcome = Outcome(
             plan=plan,
@@ -99,9 +99,11 @@ async def _stop(cluster: Cluster) -> None:
         cluster.fallen.append(str(error))
 
 
-def _excuse(history: History, world: World, blows: Iterable[Blow]) -> None:
-    """Tell the checker when nobody could go on, and which refusals for want of room had a cause."""
-    wall = _wall()
+def excuse(history: History, refused: Iterable[Refusal], blows: Iterable[Blow], wall: float) -> None:
+    """Tell the checker when nobody could go on, and which refusals for want of room had no cause.
+
+    `wall` is what makes time.monotonic() Unix time.
+    """
     full: list[tuple[int, int]] = []
     for blow in blows:
         held = round((blow.began + wall) * 1000), round((blow.mended + wall) * 1000)
@@ -109,7 +111,7 @@ def _excuse(history: History, world: World, blows: Iterable[Blow]) -> None:
             history.away.append(held)
         elif blow.fault.name == "journal_full":
             full.append((held[0], held[1] + _ROOM))
-    for began, ended, what in world.refused:
+    for began, ended, what in refused:
         if not any(gone < ended and back > began for gone, back in full):
             history.complaints.append(f"{what}, although there was room")
 

@@ -7,8 +7,11 @@ from typing import Final
 
 import pytest
 
+from chaos.faults import FAULTS
+from chaos.history import History
+from chaos.nemesis import Blow
 from chaos.report import Plan
-from chaos.run import main, play
+from chaos.run import excuse, main, play
 
 #: Where history and logs of a broken promise are kept.
 KEEP: Final = Path(__file__).parents[2] / "var" / "chaos"
@@ -39,6 +42,21 @@ def test_a_kept_history_is_judged_again(tmp_path: Path, capsys: pytest.CaptureFi
         "one answer: run r was never asked for",
         "degrades by name: 500 from GET /",
     ]
+
+
+def test_only_a_full_disk_excuses_a_refusal_for_want_of_room_and_only_some_faults_a_standstill() -> None:
+    history = History()
+    blows = [
+        Blow(FAULTS["journal_full"], began=1.0, mended=2.0),
+        Blow(FAULTS["redis_frozen"], began=3.0, mended=4.0),
+        # Another worker takes over, and neither PostgreSQL nor a server is needed to go on.
+        Blow(FAULTS["worker_killed"], began=5.0, mended=6.0),
+        Blow(FAULTS["postgres_killed"], began=5.0, mended=6.0),
+        Blow(FAULTS["server_killed"], began=5.0, mended=6.0),
+    ]
+    excuse(history, [(11_500, 11_600, "507 from here"), (14_500, 14_600, "507 from there")], blows, wall=10.0)
+    assert history.complaints == ["507 from there, although there was room"]
+    assert history.away == [(13_000, 14_000)]
 
 
 def test_an_unknown_fault_is_named(capsys: pytest.CaptureFixture[str]) -> None:
