@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 BATCH: Final = 500
 #: Failures of a record all by itself before it is asked whether others pass.
 ALONE: Final = 3
-#: Records of other chats that are asked for it.
+#: Chats of which a record is tried for it.
 WITNESSES: Final = 5
 #: Periodic syncs that try a record again which was set aside: a day of them. By hand it can be tried at any time.
 AGAIN: Final = 288
@@ -180,21 +180,32 @@ class Syncer(Service):
             await self._store.ping()
         elif times < ALONE or not await self._others_pass(entry):
             raise error
+        else:
+            # What held it up, such as a lock, may be gone, so that the others passed.
+            try:
+                await self._apply([entry])
+            except StoreUnavailable as again:
+                error = again
+            else:
+                return
         await self._set_aside(entry, f"PostgreSQL answers, but not to this: {error}")
 
     async def _others_pass(self, entry: Entry) -> bool:
-        """Whether PostgreSQL takes any of the records behind this one."""
+        """Whether PostgreSQL takes any record of this kind behind this one. Another kind goes to another table."""
         behind = [other for other in await self._journal.unsynced(BATCH) if other.position != entry.position]
-        # The first of each chat, so that every chat's records are still applied in order.
-        firsts: dict[str, Entry] = {}
+        kind, chats = entry.record.kind, dict[str, list[Entry]]()
         for other in behind:
-            firsts.setdefault(_place(other), other)
-        firsts.pop(_place(entry), None)
-        for other in [*firsts.values()][:WITNESSES] or behind[:1]:
+            # With what comes before it in its chat, whose records are applied in order.
+            before = chats.setdefault(_place(other), [])
+            if not before or before[-1].record.kind is not kind:
+                before.append(other)
+        own = chats.pop(_place(entry), [])
+        witnesses = [entries for entries in (*chats.values(), own) if entries and entries[-1].record.kind is kind]
+        for entries in witnesses[:WITNESSES]:
             try:
-                await self._apply([other])
+                await self._apply(entries)
             except StoreUnavailable as error:
-                logger.debug("record %d does not pass either: %s", other.position, error)
+                logger.debug("record %d does not pass either: %s", entries[-1].position, error)
             else:
                 return True
         return False
