@@ -238,8 +238,6 @@ class AsyncPool(BasePool):  # type: ignore[misc]  # Celery has no types
         # Not at the end of the coroutine itself: a task that is cancelled before its first step never begins.
         job.task.add_done_callback(lambda task: self._done(job, task))
         job.task.set_name(f"{args[0]}[{job.name}]" if args else job.name)
-        if job.abandoned:
-            job.task.cancel()
 
     async def _run(self, job: _Job, trace: Callable[[], Any], is_async: bool) -> tuple[str, Any]:
         """One of Celery's callbacks and what it is told."""
@@ -295,19 +293,24 @@ class AsyncPool(BasePool):  # type: ignore[misc]  # Celery has no types
         return limits
 
     def _soft_limit(self, job: _Job, seconds: float) -> None:
+        if job.abandoned:
+            return
         self._tell(job, "timeout_callback", True, seconds)
         if job.driver is not None and job.task is not None:
             job.driver.instead = SoftTimeLimitExceeded(seconds)
             job.task.cancel()
 
     def _hard_limit(self, job: _Job, seconds: float) -> None:
+        if job.abandoned:
+            return
         self._tell(job, "timeout_callback", False, seconds)
         job.cancel()
 
     def terminate_job(self, pid: int, signal: int | None = None) -> None:
         """Cancel the coroutine. `pid` is what `on_accepted` was told: the job's number."""
         job = self._jobs.get(pid)
-        if job is not None:
+        # Celery asks twice, by the number and by the job; a second cancel would break into the tidying up.
+        if job is not None and not job.abandoned:
             job.abandoned = True
             # A loop that is closed has nothing left to cancel.
             with contextlib.suppress(RuntimeError):
