@@ -59,6 +59,10 @@ HEADERS: Final = (
 
 
 Headers = list[tuple[bytes, bytes]]
+Turn = contextlib.AbstractAsyncContextManager[Any]
+
+#: What one run's frames need not wait for.
+_ALONE: Final = contextlib.nullcontext()
 
 
 class StreamEndpoint:
@@ -206,8 +210,8 @@ class _Frames:
         self._loop = asyncio.get_running_loop()
         # A reader that takes nothing makes all its runs wait, and each that waits with a page of its log in hand costs
         # that page. So few may read their logs at once.
-        self._turns = asyncio.Semaphore(TURNS)
-        self._writing = asyncio.Lock()
+        self._turns: Turn = asyncio.Semaphore(TURNS) if several else _ALONE
+        self._writing: Turn = asyncio.Lock() if several else _ALONE
 
     async def follow(self, subscription: Subscription, form: Format) -> None:
         """Write a run's frames until its subscription is over."""
