@@ -25,8 +25,10 @@ from headwater.replay import Replay
 from headwater.runner import Runner
 from headwater.service import Service
 from headwater.settings import Settings
+from headwater.shares import Shares
 from headwater.store import Store
 from headwater.streams.base import StreamLog
+from headwater.streams.places import Places
 from headwater.sweeper import BATCH, Sweeper
 from headwater.syncer import Syncer
 from headwater.telemetry import Telemetry, arm
@@ -48,6 +50,7 @@ class Core:
     overlay: Overlay
     replay: Replay
     dispatcher: Dispatcher
+    shares: Shares
     runner: Runner
     #: In servers as well as in workers: runs are taken over also when the only worker was restarted.
     sweeper: Sweeper
@@ -55,7 +58,7 @@ class Core:
     @property
     def services(self) -> tuple[Service, ...]:
         """What must run beside, in the order of starting."""
-        return (self.syncer, self.dispatcher, self.sweeper)
+        return (self.syncer, self.dispatcher, self.shares, self.sweeper)
 
 
 async def open_core(settings: Settings, telemetry: Telemetry, celery: Celery, stack: AsyncExitStack) -> Core:
@@ -80,7 +83,10 @@ async def open_core(settings: Settings, telemetry: Telemetry, celery: Celery, st
     syncer = Syncer(journal, store, telemetry=telemetry, clock=clock)
     overlay = Overlay(store, journal)
     replay = Replay(overlay.run, overlay.message)
-    dispatcher = Dispatcher(celery, telemetry=telemetry)
+    places = Places(settings.need_redis())
+    stack.callback(places.close)
+    dispatcher = Dispatcher(celery, telemetry=telemetry, places=places)
+    shares = Shares(places, limit=settings.owner_runs, lease_seconds=settings.lease_seconds, ring=dispatcher.enqueue)
     runner = Runner(
         log,
         kinds,
@@ -91,6 +97,8 @@ async def open_core(settings: Settings, telemetry: Telemetry, celery: Celery, st
         known=overlay.run,
         requeue=dispatcher.enqueue,
         history=replay.page,
+        answered=dispatcher.answered,
+        shares=shares,
         promised=journal.cancelled,
     )
     sweeper = Sweeper(
@@ -115,6 +123,7 @@ async def open_core(settings: Settings, telemetry: Telemetry, celery: Celery, st
         overlay=overlay,
         replay=replay,
         dispatcher=dispatcher,
+        shares=shares,
         runner=runner,
         sweeper=sweeper,
     )

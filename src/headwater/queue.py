@@ -12,17 +12,18 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 from celery import Celery
 from kombu.entity import Exchange, Queue
 from kombu.exceptions import LimitExceeded, OperationalError
 
-from headwater.errors import reason
-from headwater.runs import Run
+from headwater.errors import LogUnavailable, reason
+from headwater.runs import Priority, Run
 from headwater.service import Service
 from headwater.settings import Settings
+from headwater.streams.places import Places
 from headwater.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,14 @@ MAINTENANCE_QUEUE: Final = "maintenance"
 SYNC_EVERY: Final = 300.0
 #: Seconds a task may take over a run's own deadline: its parts start, its end is written while Redis blinks.
 TASK_MARGIN: Final = 120.0
+
+#: Messages of one owner in the broker at once, per queue and priority. What is more waits for one of them to be taken.
+BELLS: Final = 16
+#: Seconds after which a message that no worker took is counted no more.
+BELL_SECONDS: Final = 300.0
+#: Lists of one queue in Redis, by Celery's priority; the lower goes first. Two per priority of a run: the first message
+#: of an owner goes before the further ones of others.
+LEVELS: Final = 2 * len(Priority)
 
 #: Runs that wait to be handed over while Redis is away. Over it the oldest is left to the sweeper.
 MAX_WAITING: Final = 10_000
@@ -101,6 +110,10 @@ def _delivery(settings: Settings) -> dict[str, Any]:
         "broker_connection_timeout": 3,
         "broker_pool_acquire_timeout": 5,
         "broker_transport_options": {
+            # Workers look into the lists by level, and within a level in the order of the queues. By default the queues
+            # would take turns, and a question would wait for a job.
+            "priority_steps": list(range(LEVELS)),
+            "queue_order_strategy": "priority",
             # A message comes again after this long. Harmless, as the claim refuses it, but pointless.
             "visibility_timeout": max(3600, round(settings.run_deadline) + 300),
             "unacked_restore_interval": 10,
@@ -162,18 +175,49 @@ def queue_of(run: Run) -> str:
     return CHAT_QUEUE if run.kind == "chat" else JOBS_QUEUE
 
 
+def order_of(run: Run) -> float:
+    """Sorts the runs of an owner: by priority, then by age."""
+    return _rank(run) * 1e14 + run.created_at
+
+
+def level_of(run: Run, ahead: int) -> int:
+    """Celery's priority for a run of an owner who has so many messages in the queue already; 0 goes first."""
+    return 2 * _rank(run) + (1 if ahead else 0)
+
+
+def lists_of(*queues: str) -> list[str]:
+    """The names of these queues' lists in Redis, as kombu makes them."""
+    return [f"{queue}\x06\x16{level}" if level else queue for queue in queues for level in range(LEVELS)]
+
+
+def _rank(run: Run) -> int:
+    return list(Priority).index(run.priority)
+
+
+def _bells(run: Run) -> str:
+    # Per priority: what is urgent must not wait until something of the owner's background was taken.
+    return f"bells:{queue_of(run)}:{run.priority}"
+
+
 class Dispatcher(Service):
     """Hands runs to Celery in a thread of its own, as sending blocks: 2 ms as a rule, for ever on a frozen Redis.
 
     What cannot be handed over is tried again, in order, while Redis is away. What is lost here (too
     many, or the process ends) the sweeper finds.
+
+    With `places` each owner has at most BELLS messages in the broker at once, and `answered` lets the
+    next in.
     """
 
-    def __init__(self, celery: Celery, *, telemetry: Telemetry, limit: int = MAX_WAITING) -> None:
+    def __init__(
+        self, celery: Celery, *, telemetry: Telemetry, places: Places | None = None, limit: int = MAX_WAITING
+    ) -> None:
         super().__init__()
         self._celery = celery
         self._telemetry = telemetry
-        self._waiting: deque[Run] = deque()
+        self._places = places
+        #: Runs, each with what is to be done: ring for it, or for those that waited for its message to be taken.
+        self._waiting: deque[tuple[Run, Callable[[Run], None]]] = deque()
         self._limit = limit
         self._changed = threading.Condition()
         self._stopping = threading.Event()
@@ -181,12 +225,20 @@ class Dispatcher(Service):
 
     def enqueue(self, run: Run) -> None:
         """From any thread."""
+        self._order(run, self._send)
+
+    def answered(self, run: Run) -> None:
+        """A worker took the run's message out of the queue: its owner's next may come in. From any thread."""
+        if self._places is not None:
+            self._order(run, self._next_of_owner)
+
+    def _order(self, run: Run, what: Callable[[Run], None]) -> None:
         with self._changed:
             if len(self._waiting) >= self._limit:
-                dropped = self._waiting.popleft()
+                dropped, _ = self._waiting.popleft()
                 self._telemetry.count("headwater_enqueue_failed_total")
                 logger.warning("Too many runs wait for the queue; run %s is left to the sweeper", dropped.id)
-            self._waiting.append(run)
+            self._waiting.append((run, what))
             self._changed.notify()
 
     async def open(self) -> None:
@@ -211,11 +263,12 @@ class Dispatcher(Service):
 
     def _work(self) -> None:
         backoff = FIRST_BACKOFF
-        while (run := self._next()) is not None:
+        while (order := self._next()) is not None:
+            run, what = order
             try:
-                self._send(run)
-            except (OperationalError, OSError, LimitExceeded) as error:
-                self._again(run, error, first=backoff == FIRST_BACKOFF)
+                what(run)
+            except (OperationalError, OSError, LimitExceeded, LogUnavailable) as error:
+                self._again(order, error, first=backoff == FIRST_BACKOFF)
                 if self._stopping.wait(backoff * random.uniform(0.5, 1.0)):
                     return
                 backoff = min(backoff * 2, LAST_BACKOFF)
@@ -226,7 +279,7 @@ class Dispatcher(Service):
                 logger.exception("Run %s cannot be handed to Celery and is left to the sweeper", run.id)
             backoff = FIRST_BACKOFF
 
-    def _next(self) -> Run | None:
+    def _next(self) -> tuple[Run, Callable[[Run], None]] | None:
         with self._changed:
             while not self._waiting:
                 if self._stopping.is_set():
@@ -234,8 +287,19 @@ class Dispatcher(Service):
                 self._changed.wait()
             return self._waiting.popleft()
 
+    def _next_of_owner(self, run: Run) -> None:
+        assert self._places is not None
+        for following in self._places.give(run, _bells(run), places=BELLS):
+            self.enqueue(following)
+
     def _send(self, run: Run) -> None:
         started = time.monotonic()
+        ahead: int | None = 0
+        if self._places is not None:
+            ahead = self._places.take(run, _bells(run), order_of(run), places=BELLS, seconds=BELL_SECONDS)
+        if ahead is None:
+            logger.debug("Run %s waits for its owner's turn", run.id)
+            return
         self._celery.send_task(
             RUN_TASK,
             args=[run.to_json()],
@@ -244,15 +308,16 @@ class Dispatcher(Service):
             kwargsrepr="{}",
             task_id=run.id,
             queue=queue_of(run),
+            priority=level_of(run, ahead),
             ignore_result=True,
             retry=False,
         )
         self._telemetry.observe("headwater_enqueue_seconds", time.monotonic() - started)
 
-    def _again(self, run: Run, error: Exception, *, first: bool) -> None:
+    def _again(self, order: tuple[Run, Callable[[Run], None]], error: Exception, *, first: bool) -> None:
         self._telemetry.count("headwater_enqueue_failed_total")
         if first:
-            logger.warning("Run %s cannot be handed to Celery now and is tried again: %s", run.id, reason(error))
+            logger.warning("Run %s cannot be handed to Celery now and is tried again: %s", order[0].id, reason(error))
         with self._changed:
             if len(self._waiting) < self._limit:
-                self._waiting.appendleft(run)
+                self._waiting.appendleft(order)

@@ -127,6 +127,13 @@ class Settings(BaseSettings):
     lease_seconds: float = Field(
         10.0, alias="HEADWATER_LEASE_SECONDS", ge=1, description="A worker that is silent for so long has lost its run."
     )
+    owner_runs: int | None = Field(
+        None,
+        alias="HEADWATER_OWNER_RUNS",
+        gt=0,
+        description="Runs of one owner that may be under way at once, chats and jobs counted apart; the others wait. "
+        "Unset: any number; owners take turns all the same. Without sign-in there is one owner.",
+    )
     queue_grace: float = Field(
         15.0,
         alias="HEADWATER_QUEUE_GRACE",

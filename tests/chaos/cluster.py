@@ -30,7 +30,7 @@ from chaos.history import History
 from chaos.proxy import Proxy
 from headwater.dev.child import Child
 from headwater.dev.services import free_port
-from headwater.queue import CHAT_QUEUE
+from headwater.queue import CHAT_QUEUE, lists_of
 from headwater.streams import keys
 from support.disk import CannotMount, SmallDisk, mounted
 from support.own_postgres import OwnPostgres
@@ -247,7 +247,8 @@ class Cluster:
                         "due": await client.zscore(keys.DUE, row["id"]),
                     }
             found["time"] = await client.time()
-            found["queues"] = {name: await client.llen(name) for name in (CHAT_QUEUE, "jobs", "maintenance")}
+            lists = lists_of(CHAT_QUEUE, "jobs", "maintenance")
+            found["queues"] = {name: count for name in lists if (count := await client.llen(name))}
             found["unacked"] = await client.hkeys("unacked")
             found["clients"] = [one["name"] for one in await client.client_list()]
         async with aiohttp.ClientSession() as http:

@@ -16,7 +16,7 @@ import psycopg
 import redis.asyncio
 
 from chaos.cluster import LEASE, Cluster
-from headwater.queue import CHAT_QUEUE, RUN_TASK, make_celery
+from headwater.queue import CHAT_QUEUE, RUN_TASK, lists_of, make_celery
 from headwater.runs import Run
 from headwater.settings import load_settings
 from support.openai_scenarios import builtin_scenarios
@@ -163,7 +163,7 @@ async def redis_scripts_forgotten(cluster: Cluster, chance: random.Random) -> As
 async def orders_lost(cluster: Cluster, chance: random.Random) -> AsyncIterator[None]:
     """The broker loses what waits, as it may between taking an order from the list and noting who took it."""
     for _ in range(20):
-        await _redis(cluster, "DEL", CHAT_QUEUE)
+        await _redis(cluster, "DEL", *lists_of(CHAT_QUEUE))
         await asyncio.sleep(0.05)
     yield
 

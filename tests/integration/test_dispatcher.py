@@ -12,7 +12,7 @@ import orjson
 import redis.asyncio
 
 from headwater.dev.services import Redis
-from headwater.queue import Dispatcher, make_celery
+from headwater.queue import Dispatcher, level_of, lists_of, make_celery
 from headwater.service import running
 from headwater.settings import Settings
 from headwater.telemetry import Telemetry
@@ -28,8 +28,9 @@ async def test_runs_reach_their_queues_as_json(redis_url: str) -> None:
         dispatcher.enqueue(chat)
         dispatcher.enqueue(job)
         for queue, run in (("chat", chat), ("jobs", job)):
-            await eventually(partial(raw.llen, queue))
-            message = orjson.loads(await raw.lindex(queue, 0) or b"")
+            name = lists_of(queue)[level_of(run, 0)]
+            await eventually(partial(raw.llen, name))
+            message = orjson.loads(await raw.lindex(name, 0) or b"")
             assert message["headers"]["id"] == run.id
             assert message["content-type"] == "application/json"
     await asyncio.to_thread(celery.close)
@@ -44,7 +45,7 @@ async def test_a_frozen_redis_blocks_neither_the_caller_nor_the_stop(tmp_path: P
     try:
         async with redis.asyncio.Redis.from_url(server.url()) as raw, running(dispatcher):
             dispatcher.enqueue(runs[0])
-            await eventually(lambda: raw.llen("chat"))
+            await eventually(lambda: raw.llen(lists_of("chat")[level_of(runs[0], 0)]))
             os.kill(server.pid, signal.SIGSTOP)
             dispatcher.enqueue(runs[1])
             dispatcher.enqueue(runs[2])

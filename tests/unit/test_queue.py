@@ -11,7 +11,8 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 
 from headwater.errors import SettingsError
-from headwater.queue import RUN_TASK, SYNC_TASK, Dispatcher, make_celery, queue_of
+from headwater.queue import RUN_TASK, SYNC_TASK, Dispatcher, level_of, make_celery, order_of, queue_of
+from headwater.runs import Priority
 from headwater.service import running
 from headwater.settings import Settings
 from headwater.telemetry import Telemetry
@@ -204,3 +205,21 @@ async def test_it_can_be_started_again() -> None:
 def test_a_broker_on_a_unix_socket_has_kombus_spelling() -> None:
     conf = make_celery(Settings(redis_url="unix:///run/redis.sock?db=3")).conf
     assert conf.broker_url == "redis+socket:///run/redis.sock?virtual_host=3"
+
+
+def test_urgent_goes_before_background_and_an_owners_first_before_the_further_ones_of_others(app: Celery) -> None:
+    order = [
+        level_of(new_run(priority=priority), ahead)
+        for priority in (Priority.URGENT, Priority.NORMAL, Priority.BACKGROUND)
+        for ahead in (0, 7)
+    ]
+    steps = app.conf.broker_transport_options["priority_steps"]
+    assert order == sorted(set(order)) == steps, "kombu takes the lowest first"
+    assert app.conf.broker_transport_options["queue_order_strategy"] == "priority"
+
+
+def test_of_an_owners_runs_the_urgent_have_the_next_turn_and_then_the_older() -> None:
+    background = new_run(priority=Priority.BACKGROUND, created_at=1)
+    old, young = new_run(created_at=2), new_run(created_at=3)
+    urgent = new_run(priority=Priority.URGENT, created_at=4)
+    assert sorted([young, background, urgent, old], key=order_of) == [urgent, old, young, background]

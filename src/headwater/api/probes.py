@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from headwater.api.health import Probe
 from headwater.journal import Journal
-from headwater.queue import CHAT_QUEUE, JOBS_QUEUE
+from headwater.queue import CHAT_QUEUE, JOBS_QUEUE, lists_of
 from headwater.settings import Settings
 from headwater.store import Store
 from headwater.streams.base import StreamLog
@@ -106,4 +106,4 @@ class Probes:
         return {"count": len(alive)}
 
     async def queue(self) -> Mapping[str, Any]:
-        return {"depth": await self._log.depth(CHAT_QUEUE, JOBS_QUEUE)}
+        return {"depth": await self._log.depth(*lists_of(CHAT_QUEUE, JOBS_QUEUE))}

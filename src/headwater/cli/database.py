@@ -79,7 +79,7 @@ def reset(yes: Yes = False, data_dir: DataDir = None) -> None:
 
 def _delete_all(settings: Settings, empty_postgres: Callable[[], None], told: str) -> None:
     """Journal, PostgreSQL, Redis; a line about each. Raises when one of them was not emptied."""
-    from headwater.queue import CHAT_QUEUE, JOBS_QUEUE
+    from headwater.queue import CHAT_QUEUE, JOBS_QUEUE, lists_of
     from headwater.store.probe import postgres_facts
     from headwater.streams.clear import clear as clear_redis
 
@@ -102,7 +102,7 @@ def _delete_all(settings: Settings, empty_postgres: Callable[[], None], told: st
         )
         return
     try:
-        runs = asyncio.run(clear_redis(settings.redis_url, (CHAT_QUEUE, JOBS_QUEUE)))
+        runs = asyncio.run(clear_redis(settings.redis_url, lists_of(CHAT_QUEUE, JOBS_QUEUE)))
     except LogUnavailable as error:
         raise LogUnavailable(
             f"Redis: nothing is deleted there, and the logs of runs remain. {error} Then run this again."

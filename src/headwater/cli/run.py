@@ -111,6 +111,9 @@ def worker(
         int | None, typer.Option("--processes", help="Worker processes. [HEADWATER_WORKER_PROCESSES, 1]")
     ] = None,
     name: Annotated[str | None, typer.Option("--name", "-n", help="Its name among several, e.g. blue@%h.")] = None,
+    queues: Annotated[
+        str | None, typer.Option("--queues", "-Q", help="Take from these only: chat, jobs, maintenance.")
+    ] = None,
     parent: Parent = None,
 ) -> None:
     """Run a worker alone: it takes runs from Redis and answers them.
@@ -125,7 +128,7 @@ def worker(
     settings.need_redis()
     settings.need_database()
     if settings.worker_processes > 1:
-        _workers(settings, name)
+        _workers(settings, name, queues)
         return
     start_logging(settings, parent)
     from headwater.worker.celery_app import create_app
@@ -142,10 +145,12 @@ def worker(
     warnings.filterwarnings("ignore", message="You're running the worker with superuser privileges")
     if name:
         arguments.append(f"--hostname={name}")
+    if queues:
+        arguments.append(f"--queues={queues}")
     _celery(app, settings, arguments)
 
 
-def _workers(settings: Settings, name: str | None) -> None:
+def _workers(settings: Settings, name: str | None, queues: str | None) -> None:
     """Several worker processes, and this one to watch over them."""
     from headwater.clock import SystemClock
     from headwater.dev.console import Console
@@ -157,7 +162,9 @@ def _workers(settings: Settings, name: str | None) -> None:
         HEADWATER_WORKER_POOL=settings.worker_pool, HEADWATER_WORKER_CONCURRENCY=str(settings.concurrency)
     )
     # A worker hands its runs over at once; the rest is closing.
-    asyncio.run(Group(worker_programs(settings, environment, console, name or "worker@%h"), console, grace=8.0).run())
+    options = ["--queues", queues] if queues else []
+    programs = worker_programs(settings, environment, console, name or "worker@%h", options)
+    asyncio.run(Group(programs, console, grace=8.0).run())
 
 
 def beat(parent: Parent = None) -> None:

@@ -247,9 +247,13 @@ def server_programs(
 
 
 def worker_programs(
-    settings: Settings, environment: dict[str, str], console: Console, name: str = "worker@%h"
+    settings: Settings,
+    environment: dict[str, str],
+    console: Console,
+    name: str = "worker@%h",
+    options: Sequence[str] = (),
 ) -> list[Program]:
-    """HEADWATER_WORKER_PROCESSES workers, each with a name and a metrics port of its own."""
+    """HEADWATER_WORKER_PROCESSES workers with these options, each with a name and a metrics port of its own."""
     if settings.worker_processes == 1:
         return [Program("worker", ["worker"], environment, console, ready_line=_WORKER_READY)]
     node, _, host = name.rpartition("@")
@@ -258,7 +262,7 @@ def worker_programs(
         port = settings.worker_metrics_port + number - 1 if settings.worker_metrics_port else 0
         own = {**environment, "HEADWATER_WORKER_METRICS_PORT": str(port)}
         # One that is not told its number would make several of itself by the environment's setting.
-        arguments = ["worker", "--processes", "1", "--name", f"{node or 'celery'}-{number}@{host}"]
+        arguments = ["worker", "--processes", "1", "--name", f"{node or 'celery'}-{number}@{host}", *options]
         programs.append(Program(f"worker-{number}", arguments, own, console, ready_line=_WORKER_READY))
     return programs
 

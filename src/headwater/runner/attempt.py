@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from headwater.clock import Clock
 from headwater.errors import DeadlineExceeded, Fenced, Interrupted, LogUnavailable, RunFailed, Unavailable
@@ -38,6 +38,14 @@ READ_PAGE: Final = 1_000
 CLOSE_GRACE: Final = 3.0
 
 
+class Shares(Protocol):
+    """How many runs of an owner are under way: `headwater.shares`."""
+
+    async def admit(self, run: Run) -> bool: ...
+    def let_go(self, run: Run) -> None: ...
+    async def ended(self, run: Run) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Parts:
     """What every run of a process works with."""
@@ -54,6 +62,10 @@ class Parts:
     requeue: Callable[[Run], None] | None = None
     #: The events of a run that has ended, made from its rows; None when it has not.
     history: Callable[[str], Awaitable[Page | None]] | None = None
+    #: Told that a run's message was taken out of the queue; never blocks.
+    answered: Callable[[Run], None] | None = None
+    #: Who may begin; None when anybody may.
+    shares: Shares | None = None
 
     async def stored(self, run_id: str) -> Run | None:
         """What is stored of the run; None also when that cannot be told now."""

@@ -1,8 +1,8 @@
-"""Line: a run that waits for others, such as a question asked while its chat was answering.
+"""Line: a run that waits, for other runs of its chat or for its owner's turn.
 
-It is parked: no worker holds it and no message of the broker names it. The end of each run it waits
-for rings for it; should that get lost, the sweeper rings. Whoever is rung for looks again, so a bell
-too many does no harm.
+It is parked: no worker holds it and no message of the broker names it. The end of a run it waits for
+rings for it; should that get lost, the sweeper rings. Whoever is rung for looks again, so a bell too
+many does no harm.
 """
 
 from __future__ import annotations
@@ -24,12 +24,18 @@ class Line:
         self._parts = parts
 
     async def turn_of(self, run: Run) -> Run | None:
-        """The run with its input whole, once all it waits for has ended; else None, and it is parked.
+        """The run with its input whole, once nothing is before it; else None, and it is parked.
 
         Raises LogUnavailable.
         """
-        if not run.waits_for:
-            return run
+        whole = await self._behind_others(run) if run.waits_for else run
+        if whole is None or self._parts.shares is None or await self._parts.shares.admit(whole):
+            return whole
+        await self._parts.log.open(run, self._parts.settings.queue_grace)
+        logger.info("Run %s waits for another run of its owner", run.id)
+        return None
+
+    async def _behind_others(self, run: Run) -> Run | None:
         behind = await self._unended(run)
         if behind:
             await self._parts.log.park(run, behind, self._parts.settings.queue_grace)
@@ -47,13 +53,25 @@ class Line:
             await self._parts.log.open(run, self._parts.settings.queue_grace)
             return None
 
-    async def next(self, run_id: str) -> None:
+    def answered(self, run: Run) -> None:
+        """The run's message was taken out of the queue, whatever came of it."""
+        if self._parts.answered is not None:
+            self._parts.answered(run)
+
+    def let_go(self, run: Run) -> None:
+        """This process is no longer at the run."""
+        if self._parts.shares is not None:
+            self._parts.shares.let_go(run)
+
+    async def ended(self, run: Run) -> None:
         """A run has ended: ring for those that wait for it."""
         try:
-            for run in await self._parts.log.parked(run_id):
-                self._parts.hand_on(run)
+            for following in await self._parts.log.parked(run.id):
+                self._parts.hand_on(following)
+            if self._parts.shares is not None:
+                await self._parts.shares.ended(run)
         except LogUnavailable as error:
-            logger.warning("Runs that wait for %s are left to the sweeper: %s", run_id, error)
+            logger.warning("Runs that wait for %s are left to the sweeper: %s", run.id, error)
 
     async def _unended(self, run: Run) -> list[str]:
         metas = await self._parts.log.metas(run.waits_for)

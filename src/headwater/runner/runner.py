@@ -26,7 +26,7 @@ from headwater.events import Event
 from headwater.pipelines.base import Pipeline
 from headwater.records import Record
 from headwater.runner import endings
-from headwater.runner.attempt import CLOSE_GRACE, Attempt, Parts, Save, read_log
+from headwater.runner.attempt import CLOSE_GRACE, Attempt, Parts, Save, Shares, read_log
 from headwater.runner.leases import Hold, LeaseKeeper, Promised, Stop
 from headwater.runner.line import Line
 from headwater.runner.writer import FIRST_RETRY, LAST_RETRY, nap
@@ -55,10 +55,12 @@ class Runner:
         requeue: Callable[[Run], None] | None = None,
         history: Callable[[str], Awaitable[Page | None]] | None = None,
         promised: Promised | None = None,
+        answered: Callable[[Run], None] | None = None,
+        shares: Shares | None = None,
     ) -> None:
         self.leases = LeaseKeeper(log, telemetry=telemetry, promised=promised)
         self._log = log
-        self._parts = Parts(log, pipelines, save, clock, telemetry, settings, known, requeue, history)
+        self._parts = Parts(log, pipelines, save, clock, telemetry, settings, known, requeue, history, answered, shares)
         self._line = Line(self._parts)
         self._draining = asyncio.Event()
         self._active: set[asyncio.Task[Run | None]] = set()
@@ -96,7 +98,7 @@ class Runner:
                 ended = await attempt.finish(end, patient=False)
         except LogRefused:
             return None
-        await self._line.next(run.id)
+        await self._line.ended(run)
         return ended
 
     async def repair(self, run: Run) -> Run | None:
@@ -124,22 +126,26 @@ class Runner:
     # --- from a run to an attempt ---------------------------------------------------------------
 
     async def _execute(self, run: Run, holder: str) -> Run | None:
-        claimed = await self._claim(run, holder)
-        if claimed is None:
-            return None
-        fresh, lease = claimed
         try:
-            async with self._attempt(fresh, lease) as attempt:
-                ended = await attempt.live()
-            if ended is not None:
-                await self._line.next(run.id)
-            return ended
+            claimed = await self._claim(run, holder)
+            self._line.answered(run)
+            ended = await self._live(*claimed) if claimed is not None else None
+        finally:
+            self._line.let_go(run)
+        if ended is not None:
+            await self._line.ended(run)
+        return ended
+
+    async def _live(self, run: Run, lease: Lease) -> Run | None:
+        try:
+            async with self._attempt(run, lease) as attempt:
+                return await attempt.live()
         except (Fenced, LogClosed) as error:
             logger.info("Run %s stops at attempt %d, another one has it: %s", run.id, lease.attempt, error.code)
         except LogUnavailable as error:
             # Only while draining: otherwise every step waits for Redis. The lease runs out by itself.
             logger.warning("Run %s is left to its lease, the log is away: %s", run.id, error)
-            self._parts.hand_on(fresh)
+            self._parts.hand_on(run)
         except Exception:
             # A fault of the runner itself. The next attempt need not wait for the lease; attempts are counted.
             await self._log.release(lease)
@@ -156,6 +162,8 @@ class Runner:
                 lease = await self._log.claim(fresh, holder)
             except (LeaseHeld, LogClosed) as error:
                 logger.info("Run %s is not for us: %s", run.id, error)
+                if isinstance(error, LogClosed):
+                    await self._line.ended(run)
                 return None
             except LogUnavailable:
                 await nap(self._draining, delay)

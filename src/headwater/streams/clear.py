@@ -29,14 +29,19 @@ async def clear(url: str, queues: Sequence[str]) -> int:
         ) as client:
             # First what would begin a run again.
             await client.unlink(*queues, keys.DUE)
-            runs = set()
-            cursor = 0
-            while True:
-                cursor, found = await client.scan(cursor, match=keys.channel("*") + ":*", count=_STEP)
-                if found:
-                    runs |= {str(key).rpartition(":")[0] for key in found}
-                    await client.unlink(*found)
-                if cursor == 0:
-                    return len(runs)
+            await _unlink(client, f"{keys.OWNERS}*")
+            return len({key.rpartition(":")[0] for key in await _unlink(client, keys.channel("*") + ":*")})
     except (RedisError, OSError) as error:
         raise LogUnavailable(f"Redis at {shown(url)} does not answer: {reason(error)}. Check REDIS_URL.") from None
+
+
+async def _unlink(client: redis.asyncio.Redis, pattern: str) -> set[str]:
+    names: set[str] = set()
+    cursor = 0
+    while True:
+        cursor, found = await client.scan(cursor, match=pattern, count=_STEP)
+        if found:
+            names |= {str(key) for key in found}
+            await client.unlink(*found)
+        if cursor == 0:
+            return names

@@ -9,6 +9,8 @@
 | `stream:{<run>}:behind`    | set    | ids of the runs that wait for the end of this one       |
 | `stream:{<run>}` (channel) |        | `<epoch> <first seq>`, then one event per line          |
 | `headwater:due`            | zset   | run ids; score: when to look whether somebody holds it  |
+| `headwater:owner:{<owner>}:<what>:taken`   | zset | run ids; score: when the place is free again |
+| `headwater:owner:{<owner>}:<what>:waiting` | zset | run ids; score: the order of their turns     |
 | `headwater:workers`        | zset   | workers' names; score: when they count as gone          |
 
 The braces are literal: they put all keys of one run into one hash slot of a cluster.
@@ -20,6 +22,8 @@ from typing import Final
 
 DUE: Final = "headwater:due"
 WORKERS: Final = "headwater:workers"
+#: What the keys of all owners' places begin with.
+OWNERS: Final = "headwater:owner:"
 
 #: What a `Meta` is made from, in the order it is asked for.
 META_FIELDS: Final = (
@@ -51,6 +55,11 @@ def run(run_id: str) -> str:
 
 def behind(run_id: str) -> str:
     return f"stream:{{{run_id}}}:behind"
+
+
+def places(owner_id: str, what: str) -> str:
+    """An owner's places for something: braces, because its two sets change in one step."""
+    return f"{OWNERS}{{{owner_id}}}:{what}"
 
 
 def channel(run_id: str) -> str:

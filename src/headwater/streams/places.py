@@ -1,0 +1,96 @@
+"""Places: an owner has so many of something at once, and whoever comes later waits for a turn.
+
+A place that is not given back, because its process died, is free again after a while; what is lost
+with Redis is taken anew. So a place is never the truth about a run, only about whose turn it is.
+
+Synchronous, for the thread that talks to the broker; safe to use from several threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, NoReturn, cast
+
+import orjson
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+from redis.retry import Retry
+
+from headwater.errors import LogUnavailable, reason
+from headwater.runs import Run
+from headwater.streams import keys
+from headwater.streams.base import LIVE_TTL
+
+#: Seconds to connect and for one answer.
+_PATIENCE: Final = 2.0
+
+
+def _script(name: str) -> str:
+    return Path(__file__).with_name(f"{name}.lua").read_text()
+
+
+class Places:
+    """The places of all owners in one Redis. Every call raises LogUnavailable."""
+
+    def __init__(self, url: str) -> None:
+        options: dict[str, Any] = {"socket_timeout": _PATIENCE, "socket_connect_timeout": _PATIENCE, "protocol": 2}
+        self._redis = Redis.from_url(url, **options, retry=Retry(NoBackoff(), 1, (RedisConnectionError,)))
+        self._take = self._redis.register_script(_script("take"))
+        self._give = self._redis.register_script(_script("give"))
+
+    def take(self, run: Run, what: str, order: float, *, places: int, seconds: float) -> int | None:
+        """Take one of the owner's `places` for `what`, for so many seconds; asking again extends it.
+
+        Returns how many of them others have; None when all are taken, and the run waits in the order
+        of `order`, lowest first.
+        """
+        arguments = [run.id, order, places, round(seconds * 1000), LIVE_TTL]
+        taken = cast("int", self._call(self._take, run.owner_id, what, arguments))
+        return None if taken < 0 else taken
+
+    def give(self, run: Run, what: str, *, places: int) -> list[Run]:
+        """Give the run's place back, or its turn up, and get the runs whose turn it is."""
+        while ids := self._call(self._give, run.owner_id, what, [run.id, places]):
+            found = [Run.from_json(orjson.loads(raw)) for raw in self._runs(ids) if raw]
+            if found:
+                return found
+            # They are gone, with their chats perhaps: the place is still free.
+        return []
+
+    def keep(self, runs: Sequence[Run], what: Callable[[Run], str], *, seconds: float) -> None:
+        """Go on having these places, also those that Redis has forgotten."""
+        try:
+            now, micros = self._redis.time()
+            until = int(now) * 1000 + int(micros) // 1000 + round(seconds * 1000)
+            pipeline = self._redis.pipeline(transaction=False)
+            for run in runs:
+                key = f"{keys.places(run.owner_id, what(run))}:taken"
+                pipeline.zadd(key, {run.id: until})
+                pipeline.expire(key, LIVE_TTL)
+            pipeline.execute()
+        except (RedisError, OSError) as error:
+            _unavailable(error)
+
+    def close(self) -> None:
+        self._redis.close()
+
+    def _call(self, script: Any, owner_id: str, what: str, arguments: Sequence[Any]) -> Any:
+        name = keys.places(owner_id, what)
+        try:
+            return script(keys=[f"{name}:taken", f"{name}:waiting"], args=arguments)
+        except (RedisError, OSError) as error:
+            _unavailable(error)
+
+    def _runs(self, ids: Sequence[bytes]) -> list[Any]:
+        try:
+            # Not in the script: in a cluster each run is in a slot of its own.
+            return [self._redis.get(keys.run(raw.decode())) for raw in ids]
+        except (RedisError, OSError) as error:
+            _unavailable(error)
+
+
+def _unavailable(error: Exception) -> NoReturn:
+    raise LogUnavailable(f"Redis does not answer: {reason(error)}. Check REDIS_URL and `headwater doctor`.") from error
