@@ -75,7 +75,12 @@ class TestKeys:
         name = f"stream:{{{run.id}}}"
         for key in ("chunks", "metadata", "run"):
             assert 86_000 < await world.raw.ttl(f"{name}:{key}") <= 86_400
+            await world.raw.expire(f"{name}:{key}", 100)
         assert await world.raw.ttl("headwater:due") > 86_000
+        # It lives on as long as somebody holds it.
+        await world.log.renew([lease])
+        for key in ("chunks", "metadata", "run"):
+            assert 86_000 < await world.raw.ttl(f"{name}:{key}") <= 86_400
         await world.log.append(lease, [end(3)])
         for key in ("chunks", "metadata"):
             assert 3_500 < await world.raw.ttl(f"{name}:{key}") <= 3_600
