@@ -12,10 +12,11 @@ from typing import Any, Final
 import aiohttp
 import redis.asyncio
 
+from benchmarks.chart import Bars, draw
 from benchmarks.load import Provider, Seen, Tap, provider, tap
 from benchmarks.machine import Watch, family, raise_descriptors
 from benchmarks.parts import Parts, Program
-from benchmarks.report import Report, quantile
+from benchmarks.report import Report, Row, quantile
 from headwater.dev.services import Redis
 
 #: Tokens a second of one answer, and how many of them carry one stamp.
@@ -31,6 +32,8 @@ WINDOW: Final = 10.0
 LATE: Final = 1.0
 
 PSUBSCRIBE: Final = b"*2\r\n$10\r\nPSUBSCRIBE\r\n$8\r\nstream:*\r\n"
+FIRST: Final = "First token"
+TOKEN: Final = "Token → browser"
 PARTS: Final = ("accept", "queue", "provider", "worker → log", "log → socket")
 
 
@@ -80,6 +83,7 @@ async def run(quick: bool = False) -> Report:
             for chats in (1, 20) if quick else LEVELS:
                 length = SHORT if chats == 1 or quick else LONG
                 await _level(stack, chats, length, 3.0 if quick else WINDOW, report)
+    report.pictures["endtoend.svg"] = draw([_bars(title, report.tables.get(title, [])) for title in (FIRST, TOKEN)])
     return report
 
 
@@ -181,7 +185,7 @@ def _first_tokens(report: Report, stack: Stack, chats: int, all_seen: Sequence[S
             # The worker may be quicker than the 202, and the reader's socket be looked at ahead of Redis's.
             parts = [max(0.0, (until - since) / 1e6) for since, until in pairwise(steps)]
             spent.append([(token.arrival - turn.posted) / 1e6, *parts])
-    _rows(report, "First token", chats, ("POST → first token", *PARTS), spent)
+    _rows(report, FIRST, chats, ("POST → first token", *PARTS), spent)
 
 
 def _tokens(report: Report, chats: int, all_seen: Sequence[Seen], window: range) -> None:
@@ -192,10 +196,15 @@ def _tokens(report: Report, chats: int, all_seen: Sequence[Seen], window: range)
             published = min(logged.get(seen.stamp, seen.arrival), seen.arrival)
             parts = [(published - seen.stamp) / 1e6, (seen.arrival - published) / 1e6]
             spent.append([seen.lag * 1000, *parts])
-    _rows(report, "Token → browser", chats, ("token → browser", *PARTS[3:]), spent)
+    _rows(report, TOKEN, chats, ("token → browser", *PARTS[3:]), spent)
     if chats == 100 and spent:
         p50 = quantile([each[2] for each in spent], 0.5)
         report.goal("published → reader's socket with 100 chats, p50 ms", p50, "< 5", p50 < 5)
+
+
+def _bars(title: str, rows: Sequence[Row]) -> Bars:
+    bars = [(f"{row['chats']}: {row['part']}", row["p50 ms"], f"{row['p50 ms']:,.1f} ms") for row in rows]
+    return Bars(title, "median of each part, by the number of chats", bars)
 
 
 def _logged(all_seen: Iterable[Seen]) -> dict[int, int]:

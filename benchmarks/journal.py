@@ -13,6 +13,7 @@ from typing import Final
 
 import psycopg
 
+from benchmarks.chart import Bars, draw
 from benchmarks.load.delay import Delay, delayed
 from benchmarks.parts import Parts
 from benchmarks.report import Report, median, quantile
@@ -160,6 +161,8 @@ def _conclude(report: Report, results: Results, quick: bool) -> None:
         p50, p99 = median(results.p50s[what]) * 1000, median(results.p99s[what]) * 1000
         disk = p50 / median(results.p50s[DISK]) / 1000
         report.rows.append({"what": what, "records/s": rate, "p50 ms": p50, "p99 ms": p99, "p50 / disk": disk})
+    bars = [(what, rate, f"{rate:,.0f} /s") for what, rate in rates.items() if what != DISK]
+    report.pictures["journal.svg"] = draw([Bars("Records made durable", "2 KB each", bars)])
     for added in DELAYS[: 2 if quick else 3]:
         for writers in WRITERS[1:]:
             ratio = _ratio(results, _journal(writers), _postgres(added, writers))

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import psycopg
 
+from benchmarks.chart import Bars, draw
 from benchmarks.machine import Watch, family
 from benchmarks.parts import Parts
 from benchmarks.report import Report, median, quantile
@@ -73,6 +74,11 @@ async def run(quick: bool = False) -> Report:
                 report.rows.append({"way": name, **one[name]})
             rounds.append({name: figures["p50 ms"] for name, figures in one.items()})
     ratio = median([one["polling"] / one["push"] for one in rounds])
+    lags = {way: median([one[way] for one in rounds]) for way in ("push", "polling")}
+    note = f"{RUNS * READERS} readers; polling asks every {EVERY * 1000:g} ms"
+    report.pictures["polling.svg"] = draw(
+        [Bars("Event to reader, median", note, [(way, lag, f"{lag:,.1f} ms") for way, lag in lags.items()])]
+    )
     report.goal("median latency, polling / push, median of the rounds", ratio, f">= {REACH}", ratio >= REACH)
     return report
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from celery import Celery
 
+from benchmarks.chart import Bars, draw
 from benchmarks.load import Provider, provider, tap
 from benchmarks.machine import Watch, cpu_of, memory_of, raise_descriptors
 from benchmarks.parts import Parts, Program
@@ -135,8 +136,26 @@ def _conclude(
         + "."
     )
     report.goal("answers carried by one headwater process", ours.best, f">= {ANSWERS}", ours.best >= ANSWERS)
+    report.pictures["worker.svg"] = _picture([ours, *others], rounds)
     least = min(ratios.values())
     report.goal("CPU per token, the better of the others / headwater", least, ">= 10", least >= 10)
+
+
+def _picture(contestants: Sequence[Contestant], rounds: Sequence[dict[str, Window]]) -> str:
+    names = [f"{one.name}, {one.best}" for one in contestants]
+    cpu = [median([each[one.name].worker for each in rounds]) for one in contestants]
+    memory = [median([each[one.name].per_answer for each in rounds]) / 1024 for one in contestants]
+    note = "each worker at the most answers that it carried"
+    return draw(
+        [
+            Bars(
+                "CPU of the worker per token",
+                note,
+                [(*bar, f"{bar[1]:,.0f} µs") for bar in zip(names, cpu, strict=True)],
+            ),
+            Bars("Memory per answer", note, [(*bar, f"{bar[1]:,.0f} KiB") for bar in zip(names, memory, strict=True)]),
+        ]
+    )
 
 
 @asynccontextmanager
