@@ -4,8 +4,8 @@ Several may work on one journal, in this process or in others: applying a record
 nothing, so they need not know of each other.
 
 A record that PostgreSQL refuses is set aside at once. One that it never answers to, because it alone
-runs into a time limit or ends its session, is set aside when others are seen to pass; it is tried
-again with every periodic sync.
+runs into a time limit or ends its session, is set aside when others are seen to pass. Both are tried
+again, a few times soon and then with every periodic sync.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ ALONE: Final = 3
 WITNESSES: Final = 5
 #: Periodic syncs that try a record again which was set aside: a day of them. By hand it can be tried at any time.
 AGAIN: Final = 288
+#: Tries of such a record that do not wait for a periodic sync but come PERIOD apart: it may have met a lock only.
+EARLY: Final = 10
 #: Seconds between two looks when nobody calls; another process may have died with its records unsynced.
 PERIOD: Final = 30.0
 #: Seconds before the first try while PostgreSQL is away; doubles up to MAX_BACKOFF.
@@ -104,11 +106,15 @@ class Syncer(Service):
 
         Raises StoreUnavailable when PostgreSQL is away; what was applied until then stays applied.
         """
+        return await self._sync(AGAIN if again else 0)
+
+    async def _sync(self, tries: int) -> int:
+        """`sync`, with what was set aside fewer than `tries` times."""
         async with self._one_at_a_time:
             before = self._applied
             try:
-                if again:
-                    await self._journal.put_back(AGAIN)
+                if tries:
+                    await self._journal.put_back(tries)
                 while entries := await self._next():
                     await self._step(entries)
             except StoreUnavailable as error:
@@ -120,12 +126,14 @@ class Syncer(Service):
             return self._applied - before
 
     async def run(self) -> None:
-        backoff = FIRST_BACKOFF
+        backoff, looked_at = FIRST_BACKOFF, self._clock.monotonic()
         while True:
             self._wake.clear()
-            before = self._applied
+            before, now = self._applied, self._clock.monotonic()
+            early = now - looked_at >= PERIOD
+            looked_at = now if early else looked_at
             try:
-                await self.sync()
+                await self._sync(EARLY if early else 0)
             except Unavailable as error:
                 if self._applied > before:
                     # It is slow, not away: go on soon with the smaller batch.

@@ -326,6 +326,19 @@ async def test_a_record_that_passes_once_others_do_is_not_set_aside(case: Case) 
     assert case.rows() == {record.id for record in records}
 
 
+async def test_what_was_set_aside_is_tried_again_soon_without_a_periodic_sync(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headwater.syncer.PERIOD", 0.1)
+    bad = said()
+    async with running(case.syncer):
+        with trigger(case.url, f"IF NEW.id = '{bad.id}' THEN RAISE data_exception; END IF;"):
+            await case.journal.append([bad])
+            await case.syncer.sync()
+            assert [entry.record.id for entry in await case.journal.aside(10)] == [bad.id]
+        await eventually(lambda: bad.id in case.rows())
+
+
 @contextmanager
 def trigger(url: str, body: str) -> Iterator[None]:
     """PL/pgSQL that runs before a message is inserted."""
