@@ -143,6 +143,15 @@ class TestLosses:
         assert page is not None
         assert (page.count, page.events) == (0, [])
 
+    async def test_a_run_that_is_announced_again_is_due_in_time_whatever_its_expired_log_left(
+        self, world: RedisWorld
+    ) -> None:
+        run = new_run()
+        # When a log of an ended run was to be compressed.
+        await world.raw.zadd("headwater:due", {run.id: 9_999_999_999_999})
+        await world.log.open(run, 0)
+        assert [due.run_id for due in await world.log.due(10)] == [run.id]
+
     async def test_a_run_of_which_only_the_name_is_left_is_due_without_a_run(self, world: RedisWorld) -> None:
         run = new_run()
         await world.log.open(run, 0)

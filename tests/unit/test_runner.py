@@ -333,6 +333,7 @@ async def test_a_journal_that_is_full_does_not_keep_the_end_from_the_reader(capl
     await bench.runner.execute(run, "w")
     assert [event.type for event in await bench.events(run) if event.terminal] == [EventType.DONE]
     assert "made again from its log" in caplog.text
+    assert not any(record.exc_info for record in caplog.records)
     # Space returns: the log has all that the rows need.
     bench.save_error = None
     repaired = await bench.runner.repair(run)

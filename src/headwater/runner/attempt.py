@@ -330,6 +330,8 @@ class Attempt:
         """Save, or say that it failed: the sweeper makes the rows again from the log as long as it lives."""
         try:
             await self._parts.save(records)
+        except Unavailable as error:
+            logger.warning("Rows of run %s are not saved; they are made again from its log: %s", self._run.id, error)
         except Exception:
             logger.exception("Rows of run %s are not saved; they are made again from its log", self._run.id)
 

@@ -93,8 +93,9 @@ class RedisStreamLog(StreamLog):
 
     async def open(self, run: Run, grace: float) -> None:
         announced = self._scripts.open(*_keys(run.id), new_epoch(), run.attempt, *_identity(run), self._live_ttl)
-        # The order matters should the connection break in between: an entry too many is harmless.
-        _, status = await self._send(self._schedule(run.id, grace, only_new=True), announced)
+        # The order matters should the connection break in between: an entry too many is harmless. So is one too early,
+        # but not one too late, which a log that expired may have left when its run had ended without its rows.
+        _, status = await self._send(self._schedule(run.id, grace, "LT"), announced)
         if status == b"queued":
             await self._send(self._schedule(run.id, grace))
 
@@ -277,7 +278,7 @@ class RedisStreamLog(StreamLog):
 
     async def remind(self, run_ids: Sequence[str], seconds: float) -> None:
         if run_ids:
-            await self._send(*(self._schedule(run_id, seconds, only_new=True) for run_id in run_ids))
+            await self._send(*(self._schedule(run_id, seconds, "NX") for run_id in run_ids))
 
     async def beat(self, worker: str, seconds: float) -> None:
         await self._send(self._scripts.schedule(keys.WORKERS, worker, math.ceil(seconds * 1000), self._live_ttl, ""))
@@ -307,8 +308,7 @@ class RedisStreamLog(StreamLog):
 
     # --- the wire -------------------------------------------------------------------------------
 
-    def _schedule(self, run_id: str, seconds: float, *, only_new: bool = False) -> Command:
-        mode = "NX" if only_new else ""
+    def _schedule(self, run_id: str, seconds: float, mode: str = "") -> Command:
         return self._scripts.schedule(keys.DUE, run_id, math.ceil(seconds * 1000), self._live_ttl, mode)
 
     async def _send(self, *commands: Command) -> list[Any]:
