@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
+from datetime import datetime
 from pathlib import Path
 
+import psycopg
 import pytest
 import pytest_asyncio
+import redis.asyncio
 
+from headwater.dev.services import Postgres
 from headwater.errors import ChatBusy, ChatQueueFull, KeyReused
+from headwater.ids import new_id
 from headwater.intake import Accepted
 from headwater.intake.turns import MAX_QUEUED
 from headwater.messages import Role
 from headwater.runs import Run, RunState
 from headwater.settings import WhenBusy
 from headwater.streams.redis import RedisStreamLog
-from support.house import ME, House, make_house
+from support.house import ME, House, frozen, make_house
+from support.openai_scenarios import Scenario, Step, chunk
+from support.openai_server import OpenAIServer
+from support.reader import Reader, ask
+from support.stack import Stack, StackMaker
 from support.wait import eventually
 
 ENQUEUE, INTERRUPT = WhenBusy.ENQUEUE, WhenBusy.INTERRUPT
@@ -214,6 +224,21 @@ async def test_what_was_said_before_is_read_from_the_rows_once_the_log_is_gone(h
     assert prompts(house)[-1] == ["wait", "You said: wait", "two"]
 
 
+async def test_messages_wait_and_are_answered_while_postgresql_is_away(house: House, postgres_server: Postgres) -> None:
+    chat_id, first, worker = await answering(house)
+    with frozen(postgres_server.pid):
+        second = await house.intake.send(ME, chat_id, "two", when_busy=ENQUEUE)
+        third = await house.intake.send(ME, chat_id, "three", when_busy=ENQUEUE)
+        assert await drained(house) == []
+        active = await house.reading.active_task(ME, chat_id)
+        assert active is not None
+        assert active.id == first.task_id
+        house.gate.set()
+        await worker
+        assert [run.id for run in await drained(house)] == [second.task_id, third.task_id]
+    assert prompts(house)[-1] == ["wait", "You said: wait", "two", "You said: two", "three"]
+
+
 async def test_deleting_a_chat_ends_what_waits_in_it(house: House) -> None:
     chat_id, _, worker = await answering(house)
     second = await house.intake.send(ME, chat_id, "two", when_busy=ENQUEUE)
@@ -224,3 +249,56 @@ async def test_deleting_a_chat_ends_what_waits_in_it(house: House) -> None:
     assert len(house.asked) == 1
     meta = await house.log.meta(second.task_id)
     assert meta is None or meta.status is RunState.CANCELLED
+
+
+# --- whole processes ------------------------------------------------------------------------------
+
+
+async def test_messages_that_wait_outlive_the_worker_the_server_and_what_redis_knew(
+    make_stack: StackMaker, openai_server: OpenAIServer
+) -> None:
+    quick = {"HEADWATER_LEASE_SECONDS": "2", "HEADWATER_QUEUE_GRACE": "2"}
+    stack = await make_stack(settings=quick)
+    name = f"held-{new_id()}"
+    held: list[Step] = [
+        {"chunk": chunk("Well, ")},
+        {"wait": name},
+        {"chunk": chunk("yes.")},
+        {"chunk": chunk(finish="stop")},
+    ]
+    openai_server.scenarios[name] = Scenario(held)
+    async with stack.client() as http:
+        first = await ask(http, f"Is it so? [[scenario:{name}]]")
+        path = f"/api/chats/{first['chat_id']}/messages"
+        runs = [first]
+        for content in ("And why? [[words:3]]", "Since when? [[words:3]]"):
+            answer = await http.post(path, json={"content": content, "when_busy": "enqueue"})
+            assert answer.status_code == 202
+            runs.append(answer.json())
+
+        async def speaks() -> bool:
+            return "Well" in (await http.get(f"/api/runs/{first['task_id']}/events")).text
+
+        await eventually(speaks, 30)
+        stack.worker.kill()
+        await stack.worker.start()
+        await stack.server.restart()
+        await eventually(speaks, 30)
+        async with redis.asyncio.Redis.from_url(stack.redis_url) as raw:
+            await raw.flushall()
+        openai_server.release(name)
+        for accepted in runs:
+            reader = await Reader(stack.base_url, accepted["task_id"]).read(90)
+            assert reader.end == "done"
+    times = [row_of_run(stack, accepted["task_id"]) for accepted in runs]
+    assert all(one[1] <= other[0] for one, other in itertools.pairwise(times)), "never two at once, and in order"
+    last = openai_server.chats[-1].body["messages"]
+    assert [message["role"] for message in last] == ["user", "assistant", "user", "assistant", "user"]
+    assert last[1]["content"] == "Well, yes."
+
+
+def row_of_run(stack: Stack, run_id: str) -> tuple[datetime, datetime]:
+    with psycopg.connect(stack.database_url) as connection:
+        found = connection.execute("SELECT started_at, ended_at FROM runs WHERE id = %s", (run_id,)).fetchone()
+    assert found is not None
+    return found[0], found[1]
