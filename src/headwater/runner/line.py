@@ -31,7 +31,9 @@ class Line:
         whole = await self._behind_others(run) if run.waits_for else run
         if whole is None or self._parts.shares is None or await self._parts.shares.admit(whole):
             return whole
-        await self._parts.log.open(run, self._parts.settings.queue_grace)
+        # Not a further grace, as for one that is rung for: a thousand that wait would be rung for again and again. The
+        # sweeper's bells for a run become rarer with its age.
+        await self._parts.log.remind([run.id], self._parts.settings.queue_grace)
         logger.info("Run %s waits for another run of its owner", run.id)
         return None
 
