@@ -9,10 +9,10 @@ or far longer than what they judge ever takes, and do not depend on the speed of
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Final
+from typing import Final
 
 from chaos.history import STORED, TERMINAL, History, Promise, Reader, Seen
 
@@ -195,19 +195,20 @@ def _chats_are_in_order(history: History) -> Iterable[Violation]:
 
 def _answers_take_turns(history: History) -> Iterable[Violation]:
     """Within a chat an answer begins when those before it have ended. Hosts that cannot see each other may differ."""
-    rows = {row["id"]: row for row in history.runs}
+    rows, ends = {row["id"]: row for row in history.runs}, _first_ends(history)
     # A run that was stopped while it waited says nothing and so need not wait for its turn.
     spoke = {row["run_id"] for row in history.messages if row["status"] != "cancelled" or row["content"]}
-    last: dict[str, Mapping[str, Any]] = {}
+    last: dict[str, str] = {}
     for promise in history.promises if history.hosts == 1 else ():
-        row, before = rows.get(promise.run_id), last.get(promise.chat_id)
-        if row is None or row["id"] not in spoke or not row["started_at"] or not row["ended_at"]:
+        run_id, before = promise.run_id, last.get(promise.chat_id)
+        began = rows[run_id].get("started_at") if run_id in rows else None
+        if run_id not in spoke or run_id not in ends or not began:
             continue
-        if before is not None and row["started_at"] < before["ended_at"]:
-            early = f"{before['ended_at'] - row['started_at']} ms before {before['id']} ended"
-            yield Violation("in turn", f"run {row['id']} of chat {promise.chat_id} began {early}")
-        if before is None or row["ended_at"] > before["ended_at"]:
-            last[promise.chat_id] = row
+        if before is not None and began < ends[before]:
+            early = f"{ends[before] - began} ms before {before} ended"
+            yield Violation("in turn", f"run {run_id} of chat {promise.chat_id} began {early}")
+        if before is None or ends[run_id] > ends[before]:
+            last[promise.chat_id] = run_id
 
 
 def _failures_have_a_name(history: History) -> Iterable[Violation]:
@@ -222,11 +223,17 @@ def _short(text: str) -> str:
 
 def _attempts_grow(history: History) -> Iterable[Violation]:
     for reader in history.readers:
-        told = [(event.epoch, event.data["attempt"]) for event in reader.events if "attempt" in event.data]
-        for (epoch, before), (same, after) in pairwise(told):
-            if epoch == same and after < before:
-                who = f"{reader.name} ({reader.transport}) of run {reader.run_id}"
-                yield Violation("one writer", f"{who} heard of attempt {before} and then of attempt {after}")
+        who = f"{reader.name} ({reader.transport}) of run {reader.run_id}"
+        known = ("", 0)
+        for event in reader.events:
+            if event.seq == 0:
+                # Whatever log follows is told from its start.
+                known = ("", 0)
+            elif "attempt" in event.data:
+                epoch, attempt = known
+                known = (event.epoch, event.data["attempt"])
+                if epoch == event.epoch and event.data["attempt"] < attempt:
+                    yield Violation("one writer", f"{who} heard of attempt {attempt} and then of attempt {known[1]}")
 
 
 def _nothing_stands_still(history: History) -> Iterable[Violation]:
@@ -246,15 +253,27 @@ def _stop_stops(history: History) -> Iterable[Violation]:
 
 
 def _written(history: History) -> Iterable[tuple[Promise, Sequence[int]]]:
-    """When each promised run wrote its events, as far as readers know them, in Unix milliseconds."""
+    """When each promised run wrote its events up to its first end, as far as readers know, in Unix milliseconds."""
     times: dict[str, set[int]] = defaultdict(set)
     for reader in history.readers:
         # What was made again from the rows has only two times, the run's beginning and its end.
         times[reader.run_id].update(
             event.data["at"] for event in reader.events if event.seq and event.epoch != STORED and "at" in event.data
         )
+    ends = _first_ends(history)
     for promise in history.promises:
-        yield promise, sorted(times[promise.run_id])
+        end = ends.get(promise.run_id)
+        yield promise, sorted(at for at in times[promise.run_id] if end is None or at <= end)
+
+
+def _first_ends(history: History) -> dict[str, int]:
+    """When each run first said its end, in Unix milliseconds. A log that was lost with it is told once more later."""
+    ends = {row["id"]: row["ended_at"] for row in history.runs if row.get("ended_at")}
+    for reader in history.readers:
+        for event in reader.events:
+            if event.type in TERMINAL and "at" in event.data:
+                ends[reader.run_id] = min(event.data["at"], ends.get(reader.run_id, event.data["at"]))
+    return ends
 
 
 def _present(began: int, ended: int, away: Sequence[tuple[int, int]]) -> int:

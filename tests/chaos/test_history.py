@@ -12,8 +12,8 @@ from chaos.checker import check
 from chaos.history import History, Promise, Reader, Seen
 
 ANSWER = "one two three"
-TIMES = {"started_at": 1_000, "ended_at": 2_000}
-LATER = {"started_at": 2_000, "ended_at": 3_000}
+TIMES = {"started_at": 1_000, "ended_at": 40_000}
+LATER = {"started_at": 40_000, "ended_at": 41_000}
 
 
 def right() -> History:
@@ -47,6 +47,15 @@ def test_a_reset_and_a_new_epoch_are_right() -> None:
     assert check(history) == []
 
 
+def test_a_log_that_is_told_again_from_its_start_tells_its_attempts_again() -> None:
+    history = right()
+    for reader in history.readers:
+        states = [Seen("e1", seq, "state", {"state": "running", "attempt": seq}) for seq in (1, 2)]
+        rest = [replace(event, seq=event.seq + 1) for event in reader.events[1:]]
+        reader.events = [*states, Seen("e1", 0, "reset", {"reason": "history_lost"}), *states, *rest]
+    assert check(history) == []
+
+
 def test_a_stored_reset_forgets_the_first_attempt() -> None:
     history = right()
     for reader in history.readers:
@@ -72,6 +81,18 @@ def test_a_question_that_was_stopped_while_it_waited_needs_no_turn() -> None:
     history.promises[1] = replace(history.promises[1], stopped=True)
     history.runs[1] = {**history.runs[1], "state": "cancelled"}
     history.messages[3] = {**history.messages[3], "status": "cancelled", "content": ""}
+    assert check(history) == []
+
+
+def test_an_end_that_was_lost_and_told_again_counts_when_it_was_told_first() -> None:
+    history = right()
+    answer_two_at_once(history)
+    history.readers[0].events[-1] = Seen("e1", 5, "done", {"at": 39_999, "finish_reason": "stop"})
+    history.readers[1].events[-1] = history.readers[0].events[-1]
+    history.readers.append(Reader("cleo", "poll", "r", [], finished=True))
+    late = [replace(event, epoch="e2", data={**event.data, "at": 90_000}) for event in history.readers[0].events]
+    history.readers[-1].events = late
+    history.stopped("r", 39_000)
     assert check(history) == []
 
 
@@ -249,7 +270,7 @@ def go_on_after_a_stop(history: History) -> None:
 def answer_two_at_once(history: History) -> None:
     history.promises.append(Promise("r2", "c", "a2", "q2", "again", ANSWER, "key-2"))
     row = {"id": "r2", "state": "done", "attempt": 1, "idempotency_key": "key-2", "code": None}
-    history.runs.append({**row, **LATER, "started_at": 1_999})
+    history.runs.append({**row, **LATER, "started_at": 39_999})
     question, answer = history.messages
     history.messages += [{**question, "id": "q2", "content": "again"}, {**answer, "id": "a2", "run_id": "r2"}]
 
