@@ -139,22 +139,18 @@ class Outcome:
             f"  violations  {len(self.violations)}",
             "",
             # The first may owe to a fault that held as well; the second is of moments with this one alone.
-            f"  {'':30} {'':>5}   text flows again,  s: a run stood still",
-            f"  {'fault':30} {'times':>5}   s: median, most    with it alone, most",
+            f"  {'':30} {'':>5}   text flows again,   a run stood still,",
+            f"  {'fault':30} {'times':>5}   s: median, most     s: most",
         ]
         flows, stills = self.recoveries(), self.standstills()
         for name, times in sorted(Counter(blow.fault.name for blow in self.blows).items()):
-            lines.append(
-                f"  {name:30} {times:5}   {_middle_and_most(flows[name])}      {_middle_and_most(stills[name])}"
-            )
+            again = f"{statistics.median(flows[name]):6.2f} {max(flows[name]):6.2f}" if flows[name] else "     -      -"
+            still = f"{max(stills[name]):6.2f}" if stills[name] else "     -"
+            lines.append(f"  {name:30} {times:5}      {again}         {still}")
         lines += ["", *(f"  VIOLATION {violation}" for violation in self.violations[:50])]
         if self.kept is not None:
             lines.append(f"  history and logs: {self.kept}")
         return "\n".join(lines)
-
-
-def _middle_and_most(seconds: Sequence[float]) -> str:
-    return f"{statistics.median(seconds):6.2f} {max(seconds):6.2f}" if seconds else "     -      -"
 
 
 def _spread(seconds: Sequence[float]) -> str:
