@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
@@ -38,6 +39,8 @@ AGAIN: Final = 288
 EARLY: Final = 10
 #: Seconds between two looks when nobody calls; another process may have died with its records unsynced.
 PERIOD: Final = 30.0
+#: Ended runs whose rows are kept in memory while they can be kept nowhere else.
+OWED: Final = 1_000
 #: Seconds before the first try while PostgreSQL is away; doubles up to MAX_BACKOFF.
 FIRST_BACKOFF: Final = 0.5
 MAX_BACKOFF: Final = 10.0
@@ -60,6 +63,8 @@ class Syncer(Service):
         #: The position of the record that failed by itself last, and how often.
         self._failed = (0, 0)
         self._applied = 0
+        #: What neither journal nor PostgreSQL could take. Bounded: its log has it as well.
+        self._owed: deque[Sequence[Record]] = deque(maxlen=OWED)
         #: Who waits, by the last position of what they saved.
         self._waiting: dict[asyncio.Future[None], int] = {}
 
@@ -93,13 +98,19 @@ class Syncer(Service):
     async def keep(self, records: Sequence[Record], *, wait: float = 1.0) -> None:
         """`save` for what has happened already, such as an answer that was given: it must be kept somewhere.
 
-        When the journal has no room, PostgreSQL gets it at once. Raises StoreUnavailable when it is away too.
+        When the journal has no room, PostgreSQL gets it at once. Raises StoreUnavailable when it is away too; then
+        it is tried again for as long as this process runs.
         """
         try:
             await self.save(records, wait=wait)
         except JournalUnavailable as error:
             logger.warning("PostgreSQL gets %d records past the journal: %s", len(records), error)
-            await self._store.apply(records)
+            try:
+                await self._store.apply(records)
+            except StoreUnavailable:
+                self._owed.append(records)
+                self._wake.set()
+                raise
 
     async def sync(self, *, again: bool = False) -> int:
         """Apply everything that waits now, with `again` also what was set aside; the number applied.
@@ -133,6 +144,7 @@ class Syncer(Service):
             early = now - looked_at >= PERIOD
             looked_at = now if early else looked_at
             try:
+                await self._repay()
                 await self._sync(EARLY if early else 0)
             except Unavailable as error:
                 if self._applied > before:
@@ -151,6 +163,19 @@ class Syncer(Service):
 
     async def close(self) -> None:
         self._release()
+
+    async def _repay(self) -> None:
+        """Keep what could be kept nowhere. Raises StoreUnavailable when it still cannot."""
+        while self._owed:
+            records = self._owed[0]
+            try:
+                await self._journal.add(records)
+            except JournalUnavailable:
+                try:
+                    await self._store.apply(records)
+                except RecordRefused as error:
+                    logger.warning("%d records are left out: %s", len(records), error)
+            self._owed.popleft()
 
     async def _next(self) -> list[Entry]:
         # Noted before the look: whoever waits now is answered by a look that finds nothing.

@@ -265,6 +265,17 @@ async def test_a_journal_that_cannot_be_written_fails_the_save(case: Case) -> No
             await case.syncer.save([said("x" * 100_000)])
 
 
+async def test_what_happened_is_kept_when_neither_journal_nor_postgresql_could_take_it(case: Case) -> None:
+    async with running(case.syncer):
+        await case.journal._writer.submit(lambda connection: connection.pragma("max_page_count", 1), alone=True)
+        answer = said("x" * 100_000)
+        with psycopg.connect(case.url) as connection:
+            connection.execute("LOCK TABLE messages")
+            with pytest.raises(StoreUnavailable):
+                await case.syncer.keep([answer])
+        await eventually(lambda: answer.id in case.rows(), 30)
+
+
 @pytest.mark.parametrize("fault", ["pg_sleep(60)", "pg_terminate_backend(pg_backend_pid())"])
 async def test_a_record_that_postgresql_never_answers_to_is_set_aside_and_comes_back(case: Case, fault: str) -> None:
     records = [said(str(number), new_id()) for number in range(30)]
