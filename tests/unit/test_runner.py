@@ -18,6 +18,7 @@ from headwater.pipelines.base import OnWorkerLost, Pipeline
 from headwater.records import Record
 from headwater.replay import Replay
 from headwater.runner import Runner
+from headwater.runner.attempt import Shares
 from headwater.runner.writer import MAX_TEXT
 from headwater.runs import Lease, Run, RunState
 from headwater.settings import Settings
@@ -79,6 +80,7 @@ class Bench:
         self.stored_message: Message | None = None
         self.store_away = False
         self.requeued: list[Run] = []
+        self.shares: Shares | None = None
         self.telemetry = Telemetry()
         self.counted: list[tuple[str, dict[str, str]]] = []
         self.telemetry.listen(lambda name, value, labels: self.counted.append((name, labels)))
@@ -98,6 +100,7 @@ class Bench:
             known=self.known,
             requeue=self.requeued.append,
             history=Replay(self.known, self.message).page,
+            shares=self.shares,
         )
 
     async def save(self, records: Sequence[Record]) -> None:
@@ -751,6 +754,31 @@ async def test_a_claim_waits_for_a_log_that_is_away() -> None:
     bench.log.away = False
     await task
     await bench.check_end(run, EventType.DONE)
+
+
+async def test_a_claim_that_had_to_wait_for_its_log_keeps_no_place_behind() -> None:
+    class Places:
+        held = 0
+
+        async def admit(self, run: Run) -> bool:
+            self.held += 1
+            return True
+
+        def let_go(self, run: Run) -> None:
+            self.held -= 1
+
+        async def ended(self, run: Run) -> None: ...
+
+    bench = Bench(saying(content("x")))
+    bench.shares = places = Places()
+    bench.runner = bench.new_runner()
+    run = await bench.accepted()
+    bench.log.away = True
+    task = asyncio.create_task(bench.runner.execute(run, "w1"))
+    await eventually(lambda: bench.log.tries >= 2)
+    bench.log.away = False
+    await task
+    assert places.held == 0
 
 
 async def test_leases_are_kept_through_a_log_that_is_away() -> None:

@@ -159,7 +159,7 @@ class Runner:
                 fresh = await self._unless_ended(run)
                 if fresh is None or (fresh := await self._line.turn_of(fresh)) is None:
                     return None
-                lease = await self._log.claim(fresh, holder)
+                lease = await self._claim_in_turn(fresh, holder)
             except (LeaseHeld, LogClosed) as error:
                 logger.info("Run %s is not for us: %s", run.id, error)
                 if isinstance(error, LogClosed):
@@ -174,6 +174,14 @@ class Runner:
                 return fresh, lease
         self._parts.hand_on(run)
         return None
+
+    async def _claim_in_turn(self, run: Run, holder: str) -> Lease:
+        try:
+            return await self._log.claim(run, holder)
+        except LogUnavailable:
+            # The next try asks for its turn again, and who asked twice would keep the second place for ever.
+            self._line.let_go(run)
+            raise
 
     async def _unless_ended(self, run: Run) -> Run | None:
         """The newest copy of the run; None when it has ended and its log is gone.
