@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds a look at the log may take before the rows are shown without it.
 LOG_WAIT: Final = 0.5
+#: Seconds for the log to say who owns a run that nobody else knows of.
+PATIENCE: Final = 2.0
 #: Seconds to learn who owns runs of which the log says nothing, for all of one request together.
 OWNERS_WAIT: Final = 1.5
 
@@ -119,18 +121,22 @@ class Reading:
     # --- runs ------------------------------------------------------------------------------------
 
     async def owner_of(self, run_id: str) -> str:
-        """Who owns a run, from the nearest place that knows. Raises NotFound."""
+        """Who owns a run, from the nearest place that knows. Raises NotFound, or Unavailable when nobody can tell."""
         _check_id(run_id)
-        meta = await self._meta(run_id)
-        if meta is not None:
-            return meta.owner_id
-        run = await self._overlay.run(run_id)
-        if run is None:
-            raise NotFound("There is no such run.")
-        return run.owner_id
+        meta, silence = await self._meta(run_id)
+        if meta is None:
+            run = await self._overlay.run(run_id)
+            if run is not None:
+                return run.owner_id
+            if silence is not None:
+                # Busy rather than away, perhaps. An EventSource that is refused does not come back, so it may wait.
+                meta, silence = await self._meta(run_id, PATIENCE)
+        if meta is None:
+            raise silence or NotFound("There is no such run.")
+        return meta.owner_id
 
     async def may_read(self, caller: Caller, run_id: str) -> None:
-        """Whether the caller may follow the run. Raises NotFound."""
+        """Whether the caller may follow the run. Raises NotFound, or Unavailable when nobody can tell."""
         may(caller, await self.owner_of(run_id))
 
     async def may_read_each(self, caller: Caller, run_ids: Sequence[str]) -> dict[str, HeadwaterError]:
@@ -139,13 +145,15 @@ class Reading:
         One look at the log for all; what it does not know is asked elsewhere at once, so the answer takes
         LOG_WAIT + OWNERS_WAIT at most, whatever is away.
         """
-        metas = await self._metas(run_ids)
+        metas, silence = await self._metas(run_ids)
         refusals = await asyncio.gather(
-            *(self._refusal(caller, run_id, meta) for run_id, meta in zip(run_ids, metas, strict=True))
+            *(self._refusal(caller, run_id, meta, silence) for run_id, meta in zip(run_ids, metas, strict=True))
         )
         return {run_id: error for run_id, error in zip(run_ids, refusals, strict=True) if error is not None}
 
-    async def _refusal(self, caller: Caller, run_id: str, meta: Meta | None) -> HeadwaterError | None:
+    async def _refusal(
+        self, caller: Caller, run_id: str, meta: Meta | None, silence: LogUnavailable | None
+    ) -> HeadwaterError | None:
         try:
             async with asyncio.timeout(OWNERS_WAIT):
                 run = None if meta is not None else await self._overlay.run(run_id)
@@ -153,6 +161,8 @@ class Reading:
             return error
         except TimeoutError:
             return StoreUnavailable("PostgreSQL did not answer in time.")
+        if meta is None and run is None and silence is not None:
+            return silence
         owner_id = meta.owner_id if meta is not None else run.owner_id if run is not None else ""
         try:
             may(caller, owner_id)
@@ -163,7 +173,7 @@ class Reading:
     async def run_view(self, caller: Caller, run_id: str) -> Run:
         """The run as it stands this moment."""
         _check_id(run_id)
-        meta = await self._meta(run_id)
+        meta, silence = await self._meta(run_id)
         try:
             run = await self._overlay.run(run_id)
         except StoreUnavailable:
@@ -173,7 +183,7 @@ class Reading:
         if run is None and meta is not None:
             run = _of_meta(meta)
         if run is None:
-            raise NotFound("There is no such run.")
+            raise silence or NotFound("There is no such run.")
         may(caller, run.owner_id)
         return live(run, meta)
 
@@ -211,23 +221,27 @@ class Reading:
         for row in rows:
             merged.add(row)
         candidates = [run for run in merged.runs.values() if not run.state.terminal]
-        metas = await self._metas([run.id for run in candidates])
+        metas, _ = await self._metas([run.id for run in candidates])
         current = [live(run, meta) for run, meta in zip(candidates, metas, strict=True)]
         return sorted((run for run in current if not run.state.terminal), key=lambda run: (run.created_at, run.id))
 
-    async def _meta(self, run_id: str) -> Meta | None:
-        return (await self._metas([run_id]))[0]
+    async def _meta(self, run_id: str, wait: float = LOG_WAIT) -> tuple[Meta | None, LogUnavailable | None]:
+        (meta,), silence = await self._metas([run_id], wait)
+        return meta, silence
 
-    async def _metas(self, run_ids: Sequence[str]) -> list[Meta | None]:
+    async def _metas(
+        self, run_ids: Sequence[str], wait: float = LOG_WAIT
+    ) -> tuple[Sequence[Meta | None], LogUnavailable | None]:
+        """What the log says of the runs. None for all, and why, when it does not answer: that is not to know them."""
         if not run_ids:
-            return []
+            return [], None
         try:
-            async with asyncio.timeout(LOG_WAIT):
-                return await self._log.metas(run_ids)
+            async with asyncio.timeout(wait):
+                return await self._log.metas(run_ids), None
         except (LogUnavailable, TimeoutError) as error:
             # The rows are older than the log but true; the live part is back when Redis is.
             logger.warning("runs are shown without their live state: %s", reason(error))
-            return [None] * len(run_ids)
+            return [None] * len(run_ids), LogUnavailable("Redis did not answer in time. Ask again in a moment.")
 
 
 def live(run: Run, meta: Meta | None) -> Run:

@@ -6,11 +6,14 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from headwater.access import Caller
 from headwater.dev.services import Postgres
-from headwater.errors import NotFound, StoreUnavailable
+from headwater.errors import LogUnavailable, NotFound, StoreUnavailable
 from headwater.ids import new_id
 from headwater.reading import Reading
+from headwater.runs import Run
 from headwater.streams.base import Meta
 from headwater.streams.memory import MemoryStreamLog
 from support.house import frozen, make_house
@@ -28,6 +31,40 @@ class StuckLog(MemoryStreamLog):
         self.asked += 1
         await asyncio.Event().wait()
         raise AssertionError("nobody sets it")
+
+
+class SlowLog(MemoryStreamLog):
+    """A log whose first answers come too late."""
+
+    def __init__(self, late: int) -> None:
+        super().__init__()
+        self._late = late
+
+    async def metas(self, run_ids: Sequence[str]) -> list[Meta | None]:
+        self._late -= 1
+        if self._late >= 0:
+            await asyncio.Event().wait()
+        return await super().metas(run_ids)
+
+
+async def test_a_busy_log_is_not_taken_for_one_that_does_not_know_the_run(
+    redis_url: str, database_url: str, tmp_path: Path
+) -> None:
+    async with make_house(redis_url, database_url, tmp_path) as house:
+        run = Run(id=new_id(), kind="chat", owner_id=ME.owner_id, input={}, created_at=1)
+        slow, stuck = SlowLog(late=1), SlowLog(late=9)
+        for log in (slow, stuck):
+            assert await log.claim(run, "worker")
+        await Reading(house.store, house.journal, slow).may_read(ME, run.id)
+        with pytest.raises(NotFound):
+            await Reading(house.store, house.journal, slow).may_read(ME, new_id())
+        reading = Reading(house.store, house.journal, stuck)
+        with pytest.raises(LogUnavailable):
+            await reading.may_read(ME, run.id)
+        with pytest.raises(LogUnavailable):
+            await reading.run_view(ME, run.id)
+        refused = await reading.may_read_each(ME, [run.id])
+        assert {key: type(error) for key, error in refused.items()} == {run.id: LogUnavailable}
 
 
 async def test_a_run_that_only_postgresql_could_know_does_not_hide_the_others(
