@@ -309,6 +309,15 @@ async def test_a_lost_connection_to_the_broker_costs_no_task(worker: Worker) -> 
     assert await worker.send("add", 20, 22).result() == 42
 
 
+async def test_a_worker_whose_loop_died_ends_and_says_so(own: Worker) -> None:
+    waits = own.send("wait_for", "never")
+    await own.begun(waits)
+    own.send("quits")
+    assert await own.ended() == 1
+    assert "The pool's event loop died" in own.log()
+    assert not own.board.sismember("ended", waits.id)
+
+
 async def test_a_warm_shutdown_ends_what_was_begun_and_gives_back_the_rest(own: Worker) -> None:
     sent = [own.send("wait_for", "go") for _ in range(5)]
     await eventually(lambda: own.board.scard("begun") == 2, 30)

@@ -46,6 +46,16 @@ async def _shared() -> None:
         board.set("shared closed", 1)
 
 
+@app.task(ignore_result=True)  # type: ignore[untyped-decorator]
+async def quits() -> None:
+    """What it begins beside itself takes the loop along."""
+
+    async def leave() -> None:
+        raise SystemExit(3)
+
+    await asyncio.create_task(leave())
+
+
 @app.task(bind=True, ignore_result=True)  # type: ignore[untyped-decorator]
 async def wait_for(self: Any, key: str) -> None:
     """Counts itself in, waits until somebody sets `key`, and counts itself out under its own task's id."""

@@ -172,7 +172,9 @@ class AsyncPool(BasePool):  # type: ignore[misc]  # Celery has no types
     def on_stop(self) -> None:
         """Warm: every accepted task ends first. What was cancelled already, by a cold shutdown, gets a moment."""
         self._stopping = True
-        while any(not job.abandoned for job in list(self._jobs.values())):
+        thread = self._thread
+        # A loop that died ends nothing more.
+        while thread and thread.is_alive() and any(not job.abandoned for job in list(self._jobs.values())):
             self._await_told(0.5)
         self._unwind()
 
@@ -198,7 +200,7 @@ class AsyncPool(BasePool):  # type: ignore[misc]  # Celery has no types
             # At its end it cancels what is left on the loop and waits until that has unwound.
             with asyncio.Runner(loop_factory=new_event_loop) as runner:
                 runner.run(self._main(begun))
-        except Exception:
+        except BaseException:  # also a SystemExit in a task's task: a thread ends by it in silence
             logger.critical("The pool's event loop died: the worker ends", exc_info=True)
             state.should_stop = EX_FAILURE
         finally:
