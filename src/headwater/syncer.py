@@ -152,7 +152,8 @@ class Syncer(Service):
                     backoff = FIRST_BACKOFF
                 logger.debug("next try in about %.1f s: %s", backoff, error)
                 await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
-                backoff = min(backoff * 2, MAX_BACKOFF)
+                # What is owed is in this process only, and a disk may have room again at any moment.
+                backoff = FIRST_BACKOFF if self._owed else min(backoff * 2, MAX_BACKOFF)
                 continue
             backoff = FIRST_BACKOFF
             try:
