@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import re
 import signal
+import socket
+import sys
 from collections.abc import Iterator
 
 import httpx
 import pytest
 
+from headwater.clock import SystemClock
 from headwater.dev.child import alive
-from headwater.dev.ports import PortTaken, listen, listen_each
+from headwater.dev.console import Console
+from headwater.dev.part import PartFailed, Program
+from headwater.dev.ports import PortTaken, leave_out, listen, listen_each
 from headwater.ids import new_id
 from support.reader import Reader, ask
 from support.stack import Stack, StackMaker
@@ -73,6 +80,56 @@ async def test_several_server_processes_share_an_address_and_end_as_one(make_sta
     await eventually(lambda: len(ready(stack)) == 3, 60)
     stack.server.signal(signal.SIGKILL)
     await eventually(lambda: not any(map(alive, ready(stack).values())), 30)
+
+
+def given(sockets: list[socket.socket]) -> list[int]:
+    """How many of a hundred new connections fall to each."""
+    port = sockets[0].getsockname()[1]
+    clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(100)]
+    counts = []
+    for one in sockets:
+        one.setblocking(False)
+        count = 0
+        with contextlib.suppress(OSError):
+            while True:
+                one.accept()[0].close()
+                count += 1
+        counts.append(count)
+    for client in clients:
+        client.close()
+    return counts
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the processes accept from one socket")
+def test_a_socket_whose_process_died_gets_no_connection_until_it_listens_again() -> None:
+    sockets = listen_each("127.0.0.1", 0, 2)
+    assert all(given(sockets))
+    leave_out(sockets[0])
+    leave_out(sockets[0])
+    assert given(sockets) == [0, 100]
+    sockets[0].listen()
+    assert all(given(sockets))
+    for one in sockets:
+        one.close()
+
+
+async def test_a_process_that_cannot_be_started_again_is_tried_later(capsys: pytest.CaptureFixture[str]) -> None:
+    program = Program("part", [], {}, Console(SystemClock(), colour=False))
+    program._command = ["/nowhere/to/be/found"]
+    with pytest.raises(PartFailed, match="could not start"):
+        await program.supervise()
+    program.ready.set()
+    life = asyncio.create_task(program.supervise())
+    said = ""
+
+    async def told() -> bool:
+        nonlocal said
+        said += capsys.readouterr().out
+        return said.count("could not be started") >= 2
+
+    await eventually(told)
+    await program.stop(1)
+    await life
 
 
 @pytest.fixture

@@ -12,9 +12,11 @@ import sys
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Final
 
 from headwater.dev.console import Console
+from headwater.dev.ports import leave_out
 from headwater.dev.services import Postgres, Redis
 from headwater.errors import HeadwaterError
 from headwater.settings import Settings
@@ -124,13 +126,18 @@ class Program(Part):
         becomes_ready: Ready | None = None,
         ready_line: re.Pattern[str] | None = None,
         descriptors: Sequence[int] = (),
+        at_death: Callable[[], None] | None = None,
     ) -> None:
-        """It is ready when `becomes_ready` returns, or once it writes a line that matches."""
+        """It is ready when `becomes_ready` returns, or once it writes a line that matches.
+
+        `at_death` is called when it has ended, before it is started again.
+        """
         super().__init__(name, console)
         # -P: a file named like a module in the current folder must not come before the real one.
         self._command = [sys.executable, "-P", "-m", "headwater", *arguments, "--parent", str(os.getpid())]
         self._environment = environment
         self._descriptors = tuple(descriptors)
+        self._at_death = at_death
         self._becomes_ready = becomes_ready
         self._ready_line = ready_line
         self._process: asyncio.subprocess.Process | None = None
@@ -139,15 +146,21 @@ class Program(Part):
         self._told = 0
 
     async def _live(self) -> str:
-        process = await asyncio.create_subprocess_exec(
-            *self._command,
-            env=self._environment,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            pass_fds=self._descriptors,
-            start_new_session=True,
-        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *self._command,
+                env=self._environment,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                pass_fds=self._descriptors,
+                start_new_session=True,
+            )
+        except OSError as error:
+            # No memory or no process left: what goes on beside it must not end for that.
+            if not self.ready.is_set():
+                raise PartFailed(f"The {self.name} could not start: {error}.") from error
+            return f"could not be started: {error}"
         self._process = process
         if self._stopping.is_set():
             # Stopped while it was being forked: nobody else knows this process yet.
@@ -159,6 +172,8 @@ class Program(Part):
         finally:
             readiness.cancel()
             _kill_group(process.pid)
+            if self._at_death is not None:
+                self._at_death()
             await pump
         if not self.ready.is_set() and not self._stopping.is_set():
             last = "\n  ".join(self.tail) or "(it said nothing)"
@@ -231,6 +246,8 @@ def server_programs(
 ) -> list[Program]:
     """The web server's processes, one for each socket. A single one is ready when `first_answers` returns."""
     alone = len(listeners) == 1
+    # Not a socket that others accept from as well, and not the only one: there clients wait for the next life.
+    apart = not alone and len({one.fileno() for one in listeners}) == len(listeners)
     return [
         Program(
             "server" if alone else f"server-{number}",
@@ -241,6 +258,7 @@ def server_programs(
             becomes_ready=first_answers if alone else None,
             ready_line=None if alone else _SERVER_READY,
             descriptors=[one.fileno()],
+            at_death=partial(leave_out, one) if apart else None,
         )
         for number, one in enumerate(listeners, 1)
     ]

@@ -41,6 +41,16 @@ def listen_each(host: str, port: int, count: int) -> list[socket.socket]:
     return [_listen(host, port, shared=True) for _ in range(count)]
 
 
+def leave_out(listener: socket.socket) -> None:
+    """Give one socket of several at an address no connection until it listens again, which a server's start lets it.
+
+    Whoever holds it only for a process that died would let every connection that falls to it wait for the next one.
+    """
+    # Gone already: a process that died again before it listened.
+    with contextlib.suppress(OSError):
+        listener.shutdown(socket.SHUT_RD)
+
+
 def _listen(host: str, port: int, *, shared: bool) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
