@@ -111,7 +111,7 @@ class Attempt:
             parts.log,
             hold,
             self._run,
-            list(earlier),
+            earlier,
             clock=parts.clock,
             telemetry=parts.telemetry,
             flush=parts.settings.flush_ms / 1000,
