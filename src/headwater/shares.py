@@ -41,6 +41,7 @@ class Shares(Service):
         self._ring = ring
         #: Runs that have a place by this process; one twice while its message has come twice.
         self._at_work: list[Run] = []
+        self._keeping = asyncio.Lock()
 
     async def admit(self, run: Run) -> bool:
         """Whether the run may begin now; if not, the end of another of its owner's rings for it.
@@ -66,6 +67,9 @@ class Shares(Service):
     async def ended(self, run: Run) -> None:
         """Its place is free: ring for those whose turn it is. Raises LogUnavailable."""
         if self._limit is not None:
+            async with self._keeping:
+                # A place given back while it is being kept would be taken again, by nobody who could give it back.
+                pass
             for following in await asyncio.to_thread(self._places.give, run, _work(run), places=self._limit):
                 self._ring(following)
 
@@ -76,13 +80,14 @@ class Shares(Service):
 
     async def keep(self) -> None:
         """Renew the places of this process once."""
-        runs = list(self._at_work)
-        if not runs:
-            return
-        try:
-            await asyncio.to_thread(self._places.keep, runs, _work, seconds=self._lease)
-        except LogUnavailable as error:
-            logger.warning("Places of %d runs cannot be kept now: %s", len(runs), error)
+        async with self._keeping:
+            runs = list(self._at_work)
+            if not runs:
+                return
+            try:
+                await asyncio.to_thread(self._places.keep, runs, _work, seconds=self._lease)
+            except LogUnavailable as error:
+                logger.warning("Places of %d runs cannot be kept now: %s", len(runs), error)
 
 
 def _work(run: Run) -> str:

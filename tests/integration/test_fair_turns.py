@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import redis.asyncio
@@ -259,4 +261,30 @@ async def test_a_redis_that_forgot_learns_of_the_runs_under_way_again(places: Pl
     shares.let_go(first)
     await shares.ended(first)
     assert rung == [second]
+    assert await shares.admit(second)
+
+
+async def test_a_place_that_is_given_back_while_places_are_kept_is_free(
+    places: Places, log: StreamLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = Shares(places, limit=1, lease_seconds=60, ring=lambda run: None)
+    first, second = question(), question()
+    await log.open(second, 15)
+    assert await shares.admit(first)
+    begun, go, keep = threading.Event(), threading.Event(), places.keep
+
+    def slow(*arguments: Any, **options: Any) -> None:
+        begun.set()
+        go.wait()
+        keep(*arguments, **options)
+
+    monkeypatch.setattr(places, "keep", slow)
+    keeping = asyncio.create_task(shares.keep())
+    await eventually(begun.is_set)
+    shares.let_go(first)
+    ending = asyncio.create_task(shares.ended(first))
+    # Time enough for an end that does not wait.
+    await asyncio.wait({ending}, timeout=0.2)
+    go.set()
+    await asyncio.gather(keeping, ending)
     assert await shares.admit(second)
