@@ -171,6 +171,9 @@ class Sweeper(Service):
     async def _mend(self, run: Run) -> int:
         try:
             repaired = await self._repair(run)
+        except Unavailable as error:
+            logger.warning("The rows of run %s cannot be made from its log now: %s", run.id, error)
+            return 0
         except HeadwaterError:
             # One run must not keep the sweeper from the others.
             logger.exception("The rows of run %s cannot be made from its log", run.id)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
+
 from headwater.clock import FrozenClock
 from headwater.errors import JournalUnavailable, LogUnavailable, StoreUnavailable
 from headwater.events import content, done
@@ -202,7 +204,9 @@ async def test_a_row_that_catches_up_by_itself_is_not_mended() -> None:
     assert yard.repaired == []
 
 
-async def test_a_row_that_cannot_be_mended_does_not_keep_the_sweeper_from_others() -> None:
+async def test_a_row_that_cannot_be_mended_does_not_keep_the_sweeper_from_others(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     yard = Yard()
     await yard.ended()
     await yard.sweeper.sweep()
@@ -211,6 +215,8 @@ async def test_a_row_that_cannot_be_mended_does_not_keep_the_sweeper_from_others
     yard.repair_error = JournalUnavailable("full")
     await yard.sweeper.sweep()
     assert await yard.log.meta(forgotten.id) is not None
+    # A disk that is full is no fault of ours and is told in one line.
+    assert not any(record.exc_info for record in caplog.records)
 
 
 async def test_the_log_is_swept_while_the_store_is_away_and_the_other_way_round() -> None:
