@@ -16,6 +16,8 @@ from celery import Celery
 
 from headwater import pipelines, providers, streams
 from headwater.clock import Clock, SystemClock
+from headwater.events import Event, EventType
+from headwater.ids import new_id
 from headwater.journal import Journal
 from headwater.overlay import Overlay
 from headwater.pipelines.base import Pipeline
@@ -106,6 +108,7 @@ async def open_core(settings: Settings, telemetry: Telemetry, celery: Celery, st
         unfinished=partial(overlay.unfinished, older_than=settings.queue_grace, limit=BATCH),
         enqueue=dispatcher.enqueue,
         repair=runner.repair,
+        cancel=lambda run: runner.settle(run, f"sweeper:{new_id()}", Event(EventType.CANCELLED, {})),
         clock=clock,
         telemetry=telemetry,
         grace=settings.queue_grace,

@@ -2,12 +2,13 @@
 
 Four things it looks for:
 
-    due in the log        nobody claimed it in time, or its worker's lease ran out → enqueue again
+    due in the log        nobody claimed it in time, or its worker's lease ran out → enqueue again, or end it when
+                          it was cancelled
     unknown to the log    a row waits, but Redis has forgotten the run → announce it; due after a grace
     ended in the log      a row waits, but the log is closed → make the rows from the log
     out of sight          a row waits, the log knows it, nobody holds it → see that it will be due
 
-It decides nothing about a run: the worker that claims it counts the attempts and ends it when they
+It decides nothing else about a run: the worker that claims it counts the attempts and ends it when they
 are spent. So several sweepers at once do no harm; a bell rung twice lets one worker in.
 """
 
@@ -41,7 +42,8 @@ class Sweeper(Service):
     """Sweeps every two seconds while it runs; `sweep` does it once.
 
     `unfinished` gives the rows that are queued or running for longer than `grace` seconds, `enqueue`
-    hands a run to the queue, `repair` makes the rows of a run whose log is closed.
+    hands a run to the queue, `repair` makes the rows of a run whose log is closed, `cancel` ends one
+    that nobody holds.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Sweeper(Service):
         unfinished: Unfinished,
         enqueue: Callable[[Run], None],
         repair: Callable[[Run], Awaitable[object]],
+        cancel: Callable[[Run], Awaitable[object]],
         clock: Clock,
         telemetry: Telemetry,
         grace: float,
@@ -62,6 +65,7 @@ class Sweeper(Service):
         self._unfinished = unfinished
         self._enqueue = enqueue
         self._repair = repair
+        self._cancel = cancel
         self._clock = clock
         self._telemetry = telemetry
         self._grace = grace
@@ -118,6 +122,11 @@ class Sweeper(Service):
             # Nothing to enqueue: if the run still waits, its row brings it back.
             await self._log.forget(due.run_id)
             self._acted("forgotten")
+            return 1
+        if due.meta is not None and due.meta.cancelled:
+            # Not by a worker: Celery's tools may have told them all to throw its messages away.
+            await self._cancel(due.run)
+            self._acted("cancelled")
             return 1
         key = (due.run_id, due.meta.attempt if due.meta is not None else 0)
         if key in self._rung:

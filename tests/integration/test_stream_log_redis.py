@@ -23,7 +23,7 @@ from headwater.streams import connect
 from headwater.streams.base import StreamLog
 from headwater.streams.packing import FRAME_BYTES
 from headwater.streams.redis import RedisStreamLog
-from headwater.streams.sync import SyncMetaReader
+from headwater.streams.sync import SyncMeta
 from support.own_redis import CERTIFICATE, frozen, own_redis, tls_in_front_of
 from support.streams import RedisWorld, end, new_run, numbered, seqs, texts
 from support.wait import eventually
@@ -108,11 +108,11 @@ class TestKeys:
         run = new_run()
         lease = await world.written(run, 2)
         await world.log.append(lease, [end(3)])
-        with closing(SyncMetaReader(world.url)) as reader:
+        with closing(SyncMeta(world.url)) as reader:
             fields = await asyncio.to_thread(reader.read, run.id)
             assert (fields["status"], fields["chunk_count"], fields["attempt"]) == ("done", "3", "1")
             assert await asyncio.to_thread(reader.read, new_run().id) == {}
-        with closing(SyncMetaReader("redis://127.0.0.1:1/0")) as nowhere, pytest.raises(LogUnavailable):
+        with closing(SyncMeta("redis://127.0.0.1:1/0")) as nowhere, pytest.raises(LogUnavailable):
             await asyncio.to_thread(nowhere.read, run.id)
 
 

@@ -216,6 +216,16 @@ async def test_celery_tells_failed_and_cancelled_runs_apart(stack: Stack) -> Non
         assert kept.status is MessageStatus.CANCELLED
 
 
+async def test_a_revoke_by_celerys_tools_is_a_cancel(stack: Stack) -> None:
+    async with client_of(stack) as client:
+        run = await client.send(f"[[scenario:hang]] {new_id()}")
+        await client.speaking(run)
+        await asyncio.to_thread(client.celery.control.revoke, run.id, terminate=True)
+        events = await client.ended(run)
+        assert [event.type for event in events if event.terminal] == [EventType.CANCELLED]
+        assert (await client.row(run)).state is RunState.CANCELLED
+
+
 async def test_a_cancel_closes_the_call_to_the_model(stack: Stack, openai_server: OpenAIServer) -> None:
     async with client_of(stack) as client:
         # Says three words and nothing more, so that only the renewal can tell of the cancel.

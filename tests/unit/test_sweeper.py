@@ -31,6 +31,7 @@ class Yard:
         self.rows_away = False
         self.enqueued: list[str] = []
         self.repaired: list[str] = []
+        self.cancelled: list[str] = []
         self.repair_error: Exception | None = None
         self.telemetry = Telemetry()
         self.actions: list[str] = []
@@ -43,6 +44,7 @@ class Yard:
             unfinished=self.unfinished,
             enqueue=lambda run: self.enqueued.append(run.id),
             repair=self.repair,
+            cancel=self.cancel,
             clock=self.clock,
             telemetry=self.telemetry,
             grace=GRACE,
@@ -60,6 +62,9 @@ class Yard:
         self.repaired.append(run.id)
         return run
 
+    async def cancel(self, run: Run) -> None:
+        self.cancelled.append(run.id)
+
     async def ended(self) -> Run:
         """A run whose log is closed and whose row still waits."""
         run = new_run()
@@ -67,6 +72,17 @@ class Yard:
         await self.log.append(lease, [content("x").stamped(1, 1), done().stamped(2, 2)])
         self.rows.append(run)
         return run
+
+
+async def test_a_run_that_was_cancelled_and_that_nobody_holds_is_ended_and_not_rung_for() -> None:
+    yard = Yard()
+    run = new_run()
+    await yard.log.open(run, GRACE)
+    await yard.log.cancel(run.id)
+    assert await yard.sweeper.sweep() == 0
+    yard.clock.advance(GRACE + 1)
+    assert await yard.sweeper.sweep() == 1
+    assert (yard.cancelled, yard.enqueued) == ([run.id], [])
 
 
 async def test_a_run_that_the_log_lost_sight_of_is_pointed_out_to_it() -> None:

@@ -13,9 +13,10 @@ from redis.retry import Retry
 
 from headwater.streams import keys
 from headwater.streams.redis import timeouts, unavailable
+from headwater.streams.scripts import Script
 
 
-class SyncMetaReader:
+class SyncMeta:
     """The hash of a run for synchronous code, such as a Celery result backend."""
 
     def __init__(self, url: str) -> None:
@@ -26,6 +27,7 @@ class SyncMetaReader:
             **timeouts(url),
             retry=Retry(NoBackoff(), 1, (RedisConnectionError,)),
         )
+        self._cancel = self._redis.register_script(Script("cancel", 1).text)
 
     def read(self, run_id: str) -> Mapping[str, str]:
         """All fields of `stream:{<run>}:metadata`; empty when the run is unknown. Raises LogUnavailable."""
@@ -34,6 +36,13 @@ class SyncMetaReader:
         except (RedisError, OSError) as error:
             unavailable(error)
         return dict(fields)
+
+    def cancel(self, run_id: str) -> None:
+        """Set the flag of a run that has not ended. Raises LogUnavailable."""
+        try:
+            self._cancel(keys=[keys.metadata(run_id)], args=["status"])
+        except (RedisError, OSError) as error:
+            unavailable(error)
 
     def close(self) -> None:
         self._redis.close()

@@ -16,7 +16,7 @@ from celery.exceptions import TaskRevokedError
 
 from headwater.errors import RunFailed
 from headwater.runs import RunState
-from headwater.streams.sync import SyncMetaReader
+from headwater.streams.sync import SyncMeta
 
 _STATES: Final = {
     RunState.QUEUED: states.PENDING,
@@ -34,12 +34,10 @@ class RunBackend(BaseBackend):  # type: ignore[misc]
 
     def __init__(self, app: Any, url: str | None = None, **options: Any) -> None:
         super().__init__(app, url=url, **options)
-        self._reader: SyncMetaReader | None = None
+        self._meta: SyncMeta | None = None
 
     def _get_task_meta_for(self, task_id: str) -> dict[str, Any]:
-        if self._reader is None:
-            self._reader = SyncMetaReader(str(self.url))
-        fields = self._reader.read(task_id)
+        fields = self._metadata().read(task_id)
         if not fields.get("status"):
             return {"task_id": task_id, "status": states.PENDING, "result": None}
         run_state = RunState(fields["status"])
@@ -51,6 +49,15 @@ class RunBackend(BaseBackend):  # type: ignore[misc]
         elif run_state is RunState.CANCELLED:
             result = TaskRevokedError(f"Run {task_id} was cancelled.")
         return {"task_id": task_id, "status": _STATES[run_state], "result": result, "traceback": None, "children": []}
+
+    def _metadata(self) -> SyncMeta:
+        if self._meta is None:
+            self._meta = SyncMeta(str(self.url))
+        return self._meta
+
+    def mark_as_revoked(self, task_id: str, *_: Any, **__: Any) -> None:
+        """A revoke, by Flower's button say, is a cancel: no worker takes a message of this id any more."""
+        self._metadata().cancel(task_id)
 
     def _store_result(self, task_id: str, result: Any, state: str, **options: Any) -> Any:
         """Nothing: the runner has written what is true."""
