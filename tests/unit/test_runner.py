@@ -243,7 +243,7 @@ async def test_a_failure_with_a_code_ends_with_that_code_and_keeps_what_was_said
     assert isinstance(message, Message)
     assert (message.content, message.error) == (
         "Half",
-        {"code": "provider_rate_limited", "message": "Too many requests."},
+        {"code": "provider_rate_limited", "message": "Too many requests.", "retryable": True},
     )
 
 

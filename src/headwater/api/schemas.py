@@ -86,6 +86,7 @@ class Fault(Model):
 
     code: str
     message: str
+    retryable: bool = Field(False, description="Whether asking again as it is may help.")
 
 
 class Usage(Model):

@@ -37,7 +37,8 @@ def cancelled() -> Event:
 def ended(run: Run, end: Event, transcript: Transcript, usage: Mapping[str, Any] | None) -> Run:
     """The run as `end` leaves it; `end.at` is the moment. Raises ValueError when it had ended already."""
     state = ENDS[end.type]
-    error = {"code": end.data["code"], "message": end.data["message"]} if state is RunState.FAILED else None
+    failed = state is RunState.FAILED
+    error = {name: end.data[name] for name in ("code", "message", "retryable") if name in end.data} if failed else None
     fraction = 1.0 if state is RunState.DONE else transcript.progress
     return run.ended(state, end.at, error=error, usage=usage, stage=transcript.stage, progress=fraction)
 
