@@ -15,6 +15,7 @@ from headwater.runs import Lease
 from headwater.transports import sse
 from headwater.transports.direct import direct
 from support.api import Api, serving, settings_for
+from support.wait import eventually
 
 
 @pytest.fixture
@@ -33,11 +34,18 @@ class Wire:
         self._writer: asyncio.StreamWriter
         self.bytes = b""
 
-    async def open(self) -> Wire:
+    async def open(self, headers: bytes = b"") -> Wire:
         port = int(self._api.base_url.rpartition(":")[2])
         self._reader, self._writer = await asyncio.open_connection("127.0.0.1", port)
-        self._writer.write(f"GET {self._path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
+        self._writer.write(f"GET {self._path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n".encode())
+        self.say(headers + b"\r\n")
         return self
+
+    def say(self, more: bytes) -> None:
+        self._writer.write(more)
+
+    def leave(self) -> None:
+        self._writer.close()
 
     async def until(self, part: bytes) -> None:
         async with asyncio.timeout(10):
@@ -52,6 +60,34 @@ class Wire:
         self._writer.close()
         body = self.bytes.partition(b"\r\n\r\n")[2]
         return re.sub(rb"\A[0-9a-f]+\r\nretry: \d+\n\n\r\n", b"", body)
+
+
+async def test_no_task_waits_for_a_reader_to_leave_and_its_leaving_is_heard_behind_a_body(
+    api: Api,
+) -> None:
+    run_id, _ = await _begin(api)
+    wire = await Wire(api, f"/api/stream/{run_id}").open(b"Content-Length: 500000\r\n")
+    await wire.until(b"first of")
+    # More than uvicorn reads ahead for who asks.
+    wire.say(b"x" * 400_000)
+    waiting = [task.get_coro() for task in asyncio.all_tasks()]
+    assert [one for one in waiting if "_Watcher" in getattr(one, "__qualname__", "")] == []
+    assert api.graph.streams.open_now
+    wire.leave()
+    await eventually(lambda: not api.graph.streams.open_now)
+
+
+async def test_a_connection_on_which_a_stream_ended_serves_the_next_request(api: Api) -> None:
+    run_id, lease = await _begin(api)
+    wire = await Wire(api, f"/api/stream/{run_id}").open()
+    await wire.until(b"first of")
+    await api.say(lease, 2, done())
+    await wire.until(b"\r\n0\r\n\r\n")
+    wire.bytes = b""
+    wire.say(b"GET /api/stream/no-such HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Request-Id: the-second\r\n\r\n")
+    await wire.until(b"the-second")
+    assert wire.bytes.startswith(b"HTTP/1.1 422 ")
+    wire.leave()
 
 
 @pytest.mark.parametrize("several", [False, True])

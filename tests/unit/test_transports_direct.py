@@ -8,15 +8,17 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
+from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
 
 from headwater.events import content
 from headwater.formats.base import Format
 from headwater.formats.native import Native
 from headwater.hub import Batch
 from headwater.transports.base import Send, Stream
-from headwater.transports.direct import SMALL, direct
+from headwater.transports.direct import SMALL, direct, hangup
 
 
 class Transport:
@@ -25,6 +27,13 @@ class Transport:
     def __init__(self) -> None:
         self.written = b""
         self.closed = False
+        self.reading = True
+
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
 
     def write(self, data: bytes) -> None:
         self.written += data
@@ -183,3 +192,97 @@ async def test_a_server_that_is_not_as_it_is_known_is_written_to_by_send(spoil: 
     cycle, _ = await response()
     assert direct(cycle.send, stream()) is not None
     assert direct(spoil(cycle), stream()) is None
+
+
+async def test_a_reader_that_leaves_ends_its_stream_without_a_task_that_waits_for_it() -> None:
+    cycle, _ = await response()
+    reader = stream()
+    before = asyncio.all_tasks()
+    assert hangup(cycle.send, cycle.receive, reader) is not None
+    assert asyncio.all_tasks() == before
+    cycle.message_event.set()
+    assert not reader.ending
+    cycle.disconnected = True
+    # As uvicorn's connection_lost does.
+    cycle.message_event.set()
+    assert str(reader.ending) == "gone"
+
+
+async def test_a_reader_that_left_before_anybody_listened_is_heard() -> None:
+    cycle, _ = await response()
+    cycle.disconnected = True
+    reader = stream()
+    assert hangup(cycle.send, cycle.receive, reader) is not None
+    assert reader.ending == "gone"
+
+
+async def test_a_body_that_nobody_wants_neither_stays_nor_keeps_the_connection_from_being_read() -> None:
+    cycle, transport = await response()
+    assert hangup(cycle.send, cycle.receive, stream()) is not None
+    cycle.body += b"x" * 100_000
+    cycle.flow.pause_reading()
+    paused = transport.reading
+    cycle.message_event.set()
+    assert (paused, transport.reading) == (False, True)
+    assert cycle.body == b""
+
+
+async def test_receive_works_again_once_the_hangup_is_removed() -> None:
+    cycle, _ = await response()
+    heard = hangup(cycle.send, cycle.receive, stream())
+    assert heard is not None
+    heard.remove()
+    waiting = asyncio.create_task(cycle.receive())
+    await asyncio.sleep(0)
+    cycle.disconnected = True
+    cycle.message_event.set()
+    assert await waiting == {"type": "http.disconnect"}
+
+
+async def test_the_request_is_let_go_by_uvicorn_and_kept_by_whoever_holds_it() -> None:
+    config = Config(lambda: None, log_config=None)
+    protocol = HttpToolsProtocol(config, ServerState(), {}, asyncio.get_running_loop())
+    cycle, _ = await response()
+    held: Any = {"type": "http", "method": "GET", "headers": [(b"a", b"b")]}
+    cycle.scope = protocol.scope = held
+    protocol.headers = held["headers"]
+    cycle.on_response = protocol.on_response_complete
+    assert hangup(cycle.send, cycle.receive, stream()) is not None
+    assert held["headers"] == [(b"a", b"b")]
+    assert cycle.scope is not held
+    assert protocol.scope is not held
+    assert protocol.headers == []
+    # And the response goes on to its end.
+    await cycle.send({"type": "http.response.body", "body": b"end", "more_body": True})
+
+
+def _listening(cycle: Any) -> Any:
+    async def receive() -> Any:
+        return await cycle.receive()
+
+    return receive
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        _without("disconnected"),
+        _without("body"),
+        _without("message_event"),
+        _with("message_event", object()),
+        _with("body", b""),
+        _wrapped,
+    ],
+)
+async def test_where_a_server_is_not_as_it_is_known_receive_is_waited_for(spoil: Callable[[Any], Any]) -> None:
+    cycle, _ = await response()
+    receive = cycle.receive
+    send = spoil(cycle)
+    event = getattr(cycle, "message_event", None)
+    assert hangup(send, receive, stream()) is None
+    assert getattr(cycle, "message_event", None) is event
+
+
+async def test_a_receive_that_a_middleware_wrapped_is_used() -> None:
+    cycle, _ = await response()
+    assert hangup(cycle.send, _listening(cycle), stream()) is None

@@ -9,7 +9,7 @@ and their readers come back to another process. Without that they are cut at its
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
@@ -52,10 +52,11 @@ class App:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self._lifespan(receive, send)
-        else:
-            await self._gate(scope, receive, send)
+        await self.answer(scope, receive, send)
+
+    def answer(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """The same, for who need not be told by its kind that this is an ASGI 3 application."""
+        return self._lifespan(receive, send) if scope["type"] == "lifespan" else self._gate(scope, receive, send)
 
     def drain(self) -> None:
         """End the open streams cleanly and take no new ones. On the event loop; harmless the second time."""
@@ -64,10 +65,10 @@ class App:
 
     async def _stream(
         self, scope: Scope, receive: Receive, send: Send, caller: Caller, run_id: str | None, request_id: str
-    ) -> None:
+    ) -> Awaitable[None]:
         if self.graph is None:
             raise Unavailable("The server has not started yet.")
-        await self.graph.stream(scope, receive, send, caller, run_id, request_id)
+        return await self.graph.stream.open(scope, receive, send, caller, run_id, request_id)
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:

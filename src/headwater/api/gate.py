@@ -23,8 +23,8 @@ from headwater.telemetry import Telemetry
 from headwater.transports.base import Message, Receive, Scope, Send
 
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
-#: The stream endpoint: `(scope, receive, send, caller, run_id, request_id)`.
-StreamApp = Callable[[Scope, Receive, Send, Caller, str | None, str], Awaitable[None]]
+#: The stream endpoint: `(scope, receive, send, caller, run_id, request_id)`; refuses, or returns what answers.
+StreamApp = Callable[[Scope, Receive, Send, Caller, str | None, str], Awaitable[Awaitable[None]]]
 
 #: Seconds a client may take to send its body.
 BODY_TIMEOUT: Final = 30.0
@@ -73,6 +73,14 @@ class Gate:
         if scope["type"] == "websocket":
             await self._websocket(scope, receive, send)
             return
+        stream = await self._answer(scope, receive, send)
+        if stream is not None:
+            # It may stay open for hours, and what is named here would with it: the request is a tenth of its memory.
+            del scope, receive, send
+            await stream
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None] | None:
+        """Answer, but for a stream: that is returned, to be awaited."""
         begun = self._clock.monotonic()
         request_id = _request_id(scope)
         answer = _Answer(send, request_id)
@@ -82,8 +90,7 @@ class Gate:
             stream = _STREAM.match(scope["path"])
             if stream is not None:
                 # The bare `send`: between a run's batch and the socket stands nothing.
-                await self._stream(scope, receive, send, caller, stream[1], request_id)
-                return
+                return await self._stream(scope, receive, send, caller, stream[1], request_id)
             route = "page" if self._is_page(scope["path"]) else "unmatched"
             app = self._pages if route == "page" else self._api
             await app(scope, await self._body(scope, receive), answer)
@@ -93,10 +100,11 @@ class Gate:
                 # Answered by the framework's own handler already, or broken in the middle.
                 if not answer.complete:
                     raise
-                return
+                return None
             await self._refuse(error, scope, receive, answer, request_id)
         finally:
             self._count(scope, route, answer.status, begun)
+        return None
 
     def _enter(self, scope: Scope, request_id: str) -> Caller:
         caller = self._access.authenticate(

@@ -6,16 +6,20 @@ lifespan's end. An open stream would hold that up until it is cut, so the stream
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 import sys
+from collections.abc import Awaitable
 from types import FrameType
-from typing import Final
+from typing import Any, Final
 
 import uvicorn
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from headwater.api.app import App
 from headwater.settings import Settings
+from headwater.transports.base import Receive, Scope, Send
 
 #: Seconds open requests may take after SIGTERM before they are cancelled.
 GRACE: Final = 3
@@ -39,10 +43,35 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
+class _Front:
+    """The application behind uvicorn's reading of X-Forwarded-For and -Proto.
+
+    uvicorn's own way is a coroutine around each request. Under an open stream it would lie for hours, and keep the
+    request with its headers: a tenth of an idle reader's memory.
+    """
+
+    def __init__(self, app: App, trusted_hosts: list[str] | str) -> None:
+        self._app = app
+        self._forwarded: Any = ProxyHeadersMiddleware(_nothing, trusted_hosts)
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        # It changes the scope and waits for nothing.
+        with contextlib.suppress(StopIteration):
+            self._forwarded(scope, receive, send).send(None)
+        return self._app.answer(scope, receive, send)
+
+
+async def _nothing(scope: Any, receive: Any, send: Any) -> None:
+    pass
+
+
 def configure(app: App, settings: Settings) -> uvicorn.Config:
     """uvicorn's settings; the same for the command and for tests."""
-    return uvicorn.Config(
+    config = uvicorn.Config(
         app,
+        interface="asgi3",
+        # Done in front.
+        proxy_headers=False,
         # Python's own loop where uvloop does not exist.
         loop="auto" if sys.platform == "win32" else "uvloop",
         http="httptools",
@@ -57,3 +86,6 @@ def configure(app: App, settings: Settings) -> uvicorn.Config:
         # A reader of streams holds a connection each; the default of 2048 is the kernel's queue, not their number.
         backlog=2048,
     )
+    front: Any = _Front(app, config.forwarded_allow_ips)
+    config.app = front
+    return config

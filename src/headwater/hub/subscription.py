@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final, Protocol
 
 from headwater.errors import Unavailable
@@ -98,22 +98,29 @@ class Subscription:
         Waits while nothing happens; never raises because a server is away.
         """
         while True:
-            await self.ready()
+            while (waiting := self.ready()) is not None:
+                await waiting
             batch = await self.take()
             if batch is not None or self.over:
                 return batch
 
-    async def ready(self) -> None:
-        """Wait until `take` may have something, or it is `over`."""
-        while not (self._pending or self.over or self._beat_due or self._is_due()):
-            self._waiter = self._loop.create_future()
-            timer = self._loop.call_at(self._retry_at, self._wake) if self._behind else None
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-                if timer is not None:
-                    timer.cancel()
+    def ready(self) -> Awaitable[None] | None:
+        """What to wait for before asking again; None once `take` may have something, or it is `over`.
+
+        The caller waits, not a coroutine of ours: suspended ones are a good part of an idle reader's memory.
+        """
+        if self._pending or self.over or self._beat_due or self._is_due():
+            self._waiter = None
+            return None
+        self._waiter = self._loop.create_future()
+        return self._until_retry(self._waiter) if self._behind else self._waiter
+
+    async def _until_retry(self, waiter: asyncio.Future[None]) -> None:
+        timer = self._loop.call_at(self._retry_at, self._wake)
+        try:
+            await waiter
+        finally:
+            timer.cancel()
 
     async def take(self) -> Batch | None:
         """What there is now, read from the log if need be. None when that was nothing after all: wait again."""
@@ -186,7 +193,7 @@ class Subscription:
             self.fall_behind("watchdog")
 
     def beat(self, before: float) -> None:
-        if self._waiter is not None and self._returned_at <= before:
+        if self._waiter is not None and not self._waiter.done() and self._returned_at <= before:
             self._beat_due = True
             self._wake()
 

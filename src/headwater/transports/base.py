@@ -7,11 +7,10 @@ PostgreSQL: it is given a hub, a way to check the owner and a way to read a page
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any, Final, Protocol
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from typing import Any, Final, Protocol, Self
 
 from headwater.access import Caller
 from headwater.errors import HeadwaterError, TooMany, Unavailable
@@ -51,11 +50,14 @@ class Read(Protocol):
 
 
 class Stream:
-    """One open response."""
+    """One open response. A context manager: at its end nothing is followed any more, and it counts no longer."""
 
-    __slots__ = ("_abort", "_close", "ending", "sending_since", "wrote_at")
+    __slots__ = ("_abort", "_close", "_streams", "ending", "owner_id", "sending_since", "wrote_at")
 
-    def __init__(self, close: Callable[[], None], abort: Callable[[], None]) -> None:
+    def __init__(
+        self, close: Callable[[], None], abort: Callable[[], None], owner_id: str = "", streams: Streams | None = None
+    ) -> None:
+        self.owner_id = owner_id
         #: Why it ends before its runs do: `gone`, `draining` or `slow`.
         self.ending: str | None = None
         #: Loop time at which a write began that has not returned; None between writes.
@@ -64,6 +66,20 @@ class Stream:
         self.wrote_at = 0.0
         self._close = close
         self._abort = abort
+        self._streams = streams
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """It is over. Harmless the second time."""
+        self._close()
+        streams, self._streams = self._streams, None
+        if streams is not None:
+            streams.forget(self)
 
     def end(self, why: str) -> None:
         """Stop following; what waits for the next batch wakes up. The first reason stands."""
@@ -96,11 +112,10 @@ class Streams:
     def open_now(self) -> frozenset[Stream]:
         return frozenset(self._open)
 
-    @contextlib.contextmanager
     def open(
         self, transport: str, owner_id: str, close: Callable[[], None], abort: Callable[[], None] = lambda: None
-    ) -> Iterator[Stream]:
-        """Count a stream while it lives. `close` must wake whoever waits for its next batch.
+    ) -> Stream:
+        """Count a stream from now on; leave it in the end. `close` must wake whoever waits for its next batch.
 
         Raises TooMany at the owner's limit, Unavailable while the server stops.
         """
@@ -108,18 +123,19 @@ class Streams:
             raise Unavailable("The server is about to stop. Connect again in a moment.")
         if self._owners[owner_id] >= self._limit:
             raise TooMany(f"{self._limit} streams are open already, the most one owner may have. Close one first.")
-        stream = Stream(close, abort)
+        stream = Stream(close, abort, owner_id, self)
         self._open.add(stream)
         self._owners[owner_id] += 1
         self._telemetry.count("headwater_stream_opened_total", transport=transport)
         self._watch()
-        try:
-            yield stream
-        finally:
-            self._open.discard(stream)
-            self._owners[owner_id] -= 1
-            if not self._owners[owner_id]:
-                del self._owners[owner_id]
+        return stream
+
+    def forget(self, stream: Stream) -> None:
+        """Count it no longer. For the stream itself."""
+        self._open.discard(stream)
+        self._owners[stream.owner_id] -= 1
+        if not self._owners[stream.owner_id]:
+            del self._owners[stream.owner_id]
 
     def drain(self) -> None:
         """End all streams cleanly and take no new one. Must be called on the event loop."""

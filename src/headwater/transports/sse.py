@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final
 from urllib.parse import parse_qs
 
@@ -31,7 +31,7 @@ from headwater.formats.native import HEARTBEAT, Native, NativeOf, said
 from headwater.hub import Hub, Subscription
 from headwater.ids import is_id
 from headwater.transports.base import May, MayEach, Read, Receive, Scope, Send, Stream, Streams, cursor_of
-from headwater.transports.direct import direct
+from headwater.transports.direct import direct, hangup
 
 logger = logging.getLogger(__name__)
 
@@ -82,58 +82,80 @@ class StreamEndpoint:
         self, scope: Scope, receive: Receive, send: Send, caller: Caller, run_id: str | None, request_id: str = ""
     ) -> None:
         """Answer one request. Raises RequestError or Unavailable before anything was sent."""
+        await (await self.open(scope, receive, send, caller, run_id, request_id))
+
+    async def open(
+        self, scope: Scope, receive: Receive, send: Send, caller: Caller, run_id: str | None, request_id: str = ""
+    ) -> Coroutine[Any, Any, None]:
+        """All that a request may be refused for. What it returns answers: await it at once, and hold nothing of the
+        request meanwhile, because it may take hours and thousands of readers wait in it.
+
+        Raises RequestError or Unavailable; nothing was sent then.
+        """
         if scope["method"] != "GET":
             raise HTTPException(405, "A stream is read with GET.", headers={"Allow": "GET"})
         query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         headers = [*HEADERS, (b"x-request-id", request_id.encode())] if request_id else [*HEADERS]
         if run_id is None:
-            await self._many(_runs(query), caller, headers, receive, send)
-        else:
-            await self._one(run_id, _after(scope, query), caller, headers, receive, send)
+            return await self._many(_runs(query), caller, headers, receive, send)
+        return await self._one(run_id, _after(scope, query), caller, headers, receive, send)
 
     async def _one(
         self, run_id: str, after: Cursor | None, caller: Caller, headers: Headers, receive: Receive, send: Send
-    ) -> None:
+    ) -> Coroutine[Any, Any, None]:
         if not is_id(run_id):
             raise InvalidInput("The task id is not a UUID in its canonical form.", field="task_id")
         await self._may(caller, run_id)
         if after is not None and await self._past_end(run_id, after):
-            await _no_content(send, headers)
-            return
+            return _no_content(send, headers)
         subscription = self._hub.subscribe(run_id, after)
         try:
-            with self._streams.open("sse", caller.owner_id, subscription.close, _cutter(send)) as stream:
-                await _respond(stream, headers, receive, send, self._hub, [(subscription, self._format)])
-        finally:
+            stream = self._streams.open("sse", caller.owner_id, subscription.close, _cutter(send))
+        except BaseException:
             subscription.close()
+            raise
+        return _respond(stream, headers, receive, send, self._hub, [(subscription, self._format)])
 
     async def _many(
         self, runs: dict[str, Cursor | None], caller: Caller, headers: Headers, receive: Receive, send: Send
-    ) -> None:
+    ) -> Coroutine[Any, Any, None]:
         subscriptions: dict[str, Subscription] = {}
 
         def close() -> None:
             for subscription in subscriptions.values():
                 subscription.close()
 
+        # Counted ahead of the checks: they may wait for what is away, and so many as wait are a load as well.
+        stream = self._streams.open("sse", caller.owner_id, close, _cutter(send))
         try:
-            # Counted ahead of the checks: they may wait for what is away, and so many as wait are a load as well.
-            with self._streams.open("sse", caller.owner_id, close, _cutter(send)) as stream:
-                refused = await self._may_each(caller, list(runs))
-                follow = await self._unread({one: after for one, after in runs.items() if one not in refused})
-                if stream.ending:
-                    # There was nothing to close yet when the server began to stop.
-                    raise Unavailable("The server is about to stop. Connect again in a moment.")
-                if not follow and not refused:
-                    await _no_content(send, headers)
-                    return
-                for run_id, after in follow.items():
-                    subscriptions[run_id] = self._hub.subscribe(run_id, after, among=len(follow))
-                followed = [(one, NativeOf(run_id)) for run_id, one in subscriptions.items()]
-                first = [_refusal(run_id, error) for run_id, error in refused.items()]
-                await _respond(stream, headers, receive, send, self._hub, followed, first)
-        finally:
-            close()
+            return await self._respond_to_many(stream, subscriptions, runs, caller, headers, receive, send)
+        except BaseException:
+            stream.leave()
+            raise
+
+    async def _respond_to_many(
+        self,
+        stream: Stream,
+        subscriptions: dict[str, Subscription],
+        runs: dict[str, Cursor | None],
+        caller: Caller,
+        headers: Headers,
+        receive: Receive,
+        send: Send,
+    ) -> Coroutine[Any, Any, None]:
+        refused = await self._may_each(caller, list(runs))
+        follow = await self._unread({one: after for one, after in runs.items() if one not in refused})
+        if stream.ending:
+            # There was nothing to close yet when the server began to stop.
+            raise Unavailable("The server is about to stop. Connect again in a moment.")
+        if not follow and not refused:
+            stream.leave()
+            return _no_content(send, headers)
+        for run_id, after in follow.items():
+            subscriptions[run_id] = self._hub.subscribe(run_id, after, among=len(follow))
+        followed: list[tuple[Subscription, Format]] = [(one, NativeOf(run_id)) for run_id, one in subscriptions.items()]
+        first = [_refusal(run_id, error) for run_id, error in refused.items()]
+        return _respond(stream, headers, receive, send, self._hub, followed, first)
 
     async def _unread(self, runs: Mapping[str, Cursor | None]) -> dict[str, Cursor | None]:
         """The runs of which the reader has not seen the end."""
@@ -159,23 +181,25 @@ async def _respond(
     receive: Receive,
     send: Send,
     hub: Hub,
-    followed: Sequence[tuple[Subscription, Format]],
+    followed: list[tuple[Subscription, Format]],
     first: Sequence[bytes] = (),
 ) -> None:
-    """Headers, `first`, then frames until the runs end or the stream must. Never raises for a reader that is gone."""
-    watcher = asyncio.create_task(_watch(receive, stream))
-    limit = getattr(_transport(send), "set_write_buffer_limits", None)
-    if callable(limit):
-        # uvloop refuses it for a connection that was closed meanwhile; `receive` tells of that.
-        with contextlib.suppress(RuntimeError):
-            limit(high=BUFFER)
+    """Headers, `first`, then frames until the runs end or the stream must. Never raises for a reader that is gone.
+
+    `headers` and `followed` are emptied: what is held here, is held for as long as the stream is open.
+    """
+    watcher: _Watcher | None = None
     try:
+        _limit_buffer(send)
         await send({"type": "http.response.start", "status": 200, "headers": headers})
+        headers.clear()
+        watcher = _Watcher(receive, send, stream)
         # Something must follow the headers at once: servers and proxies hold them back until the first byte.
         await send(_body(b"".join((_retry(), *first))))
+        first = ()
         frames = _Frames(stream, send, hub, several=len(followed) > 1)
         if len(followed) == 1:
-            await frames.follow(*followed[0])
+            await frames.follow(*followed.pop())
         else:
             async with asyncio.TaskGroup() as tasks:
                 for subscription, form in followed:
@@ -184,13 +208,15 @@ async def _respond(
             await frames.end(b": the server stops, come back in a moment\n" + _retry() if stream.ending else b"")
         if stream.ending == "slow":
             # The server must have seen the cut before we return, or it reports a response left unfinished.
-            await asyncio.wait([watcher], timeout=1.0)
+            await watcher.gone(1.0)
     except Exception:
         # The status line is out, so no problem document can follow. The client comes back with its cursor.
         logger.exception("a stream broke and is cut")
         stream.abort()
     finally:
-        watcher.cancel()
+        if watcher is not None:
+            watcher.stop()
+        stream.leave()
 
 
 class _Frames:
@@ -199,14 +225,13 @@ class _Frames:
     What is pushed while nothing else is under way goes straight to the transport where that can be, see direct.py.
     """
 
-    __slots__ = ("_hub", "_loop", "_push", "_send", "_several", "_stream", "_turns", "_writing")
+    __slots__ = ("_hub", "_loop", "_send", "_several", "_stream", "_turns", "_writing")
 
     def __init__(self, stream: Stream, send: Send, hub: Hub, *, several: bool) -> None:
         self._stream = stream
         self._send = send
         self._hub = hub
         self._several = several
-        self._push = direct(send, stream)
         self._loop = asyncio.get_running_loop()
         # A reader that takes nothing makes all its runs wait, and each that waits with a page of its log in hand costs
         # that page. So few may read their logs at once.
@@ -215,10 +240,13 @@ class _Frames:
 
     async def follow(self, subscription: Subscription, form: Format) -> None:
         """Write a run's frames until its subscription is over."""
-        if self._push is not None:
-            subscription.push = self._push(form)
+        make = direct(self._send, self._stream)
+        if make is not None:
+            subscription.push = make(form)
+            del make
         while not subscription.over:
-            await subscription.ready()
+            while (waiting := subscription.ready()) is not None:
+                await waiting
             async with self._turns:
                 batch = await subscription.take()
                 if batch is not None:
@@ -252,10 +280,43 @@ class _Frames:
             stream.sending_since = None
 
 
-async def _watch(receive: Receive, stream: Stream) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    stream.end("gone")
+class _Watcher:
+    """Ends a stream whose reader leaves: told by uvicorn where that can be, see direct.py, else by a task."""
+
+    __slots__ = ("_hangup", "_receive", "_stream", "_task")
+
+    def __init__(self, receive: Receive, send: Send, stream: Stream) -> None:
+        self._receive = receive
+        self._stream = stream
+        self._hangup = hangup(send, receive, stream)
+        self._task = asyncio.create_task(self._watch()) if self._hangup is None else None
+
+    async def gone(self, timeout: float) -> None:
+        """Wait until the reader has left."""
+        if self._task is None:
+            self.stop()
+            self._task = asyncio.create_task(self._watch())
+        await asyncio.wait([self._task], timeout=timeout)
+
+    def stop(self) -> None:
+        if self._hangup is not None:
+            self._hangup.remove()
+            self._hangup = None
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._stream.end("gone")
+
+
+def _limit_buffer(send: Send) -> None:
+    limit = getattr(_transport(send), "set_write_buffer_limits", None)
+    if callable(limit):
+        # uvloop refuses it for a connection that was closed meanwhile; `receive` tells of that.
+        with contextlib.suppress(RuntimeError):
+            limit(high=BUFFER)
 
 
 def _refusal(run_id: str, error: HeadwaterError) -> bytes:
@@ -290,13 +351,13 @@ def _cutter(send: Send) -> Callable[[], None]:
     ASGI has no word for it. With another server than uvicorn the task is cancelled instead, which ends the write as
     well.
     """
-    cut = getattr(_transport(send), "abort", None)
+    cut: Callable[[], None] | None = getattr(_transport(send), "abort", None)
+    if callable(cut):
+        return cut
     task = asyncio.current_task()
 
     def abort() -> None:
-        if callable(cut):
-            cut()
-        elif task is not None:
+        if task is not None:
             task.cancel()
 
     return abort
