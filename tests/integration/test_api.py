@@ -14,6 +14,7 @@ import httpx
 import psycopg
 import pytest
 
+from headwater.access import LOCAL_OWNER, Caller
 from headwater.api.app import App, create_app
 from headwater.dev.services import free_port
 from headwater.events import content, done
@@ -176,12 +177,19 @@ async def test_no_more_than_ten_messages_wait_in_a_chat(api: Api) -> None:
     assert problem(refused, 429, "chat_queue_full")["task_id"] == accepted["task_id"]
 
 
-@pytest.mark.parametrize("when_busy", ["", "later", "REJECT", 1, ["enqueue"]])
-async def test_an_unknown_wish_for_a_busy_chat_is_refused(api: Api, when_busy: object) -> None:
-    refused = await api.http.post(
-        f"/api/chats/{await api.chat()}/messages", json={"content": "x", "when_busy": when_busy}
-    )
+@pytest.mark.parametrize("value", ["", "later", "REJECT", "URGENT", 1, ["enqueue"], ["urgent"]])
+@pytest.mark.parametrize("field", ["when_busy", "priority"])
+async def test_an_unknown_wish_is_refused(api: Api, field: str, value: object) -> None:
+    refused = await api.http.post(f"/api/chats/{await api.chat()}/messages", json={"content": "x", field: value})
     problem(refused, 422, "invalid_input")
+
+
+@pytest.mark.parametrize("asked", [None, "urgent", "background"])
+async def test_a_message_may_say_how_urgent_it_is(api: Api, asked: str | None) -> None:
+    body = {"content": "x"} | ({"priority": asked} if asked is not None else {})
+    accepted = (await api.http.post(f"/api/chats/{await api.chat()}/messages", json=body)).json()
+    run = await api.graph.reading.run_view(Caller(LOCAL_OWNER), accepted["task_id"])
+    assert run.priority == (asked or "normal")
 
 
 async def test_the_same_key_gives_the_same_run_and_another_body_is_refused(api: Api, database_url: str) -> None:
@@ -607,7 +615,12 @@ async def test_a_server_starts_and_serves_what_it_can_while_redis_and_postgresql
         shown = (await api.http.get(f"/api/chats/{chat_id}")).json()
         assert [message["status"] for message in shown["messages"]] == ["done", "processing"]
         assert shown["active_task_id"] == accepted["task_id"]
-        assert (await api.http.get("/api/health")).json()["parts"]["journal"]["backlog"] > 0
+
+        async def told() -> bool:
+            # What was found is kept for a moment, so that many who ask cost one look.
+            return bool((await api.http.get("/api/health")).json()["parts"]["journal"]["backlog"] > 0)
+
+        await eventually(told)
 
 
 async def test_a_database_without_the_schema_is_said(tmp_path: Path, redis_url: str, postgres_server: Any) -> None:

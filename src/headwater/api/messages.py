@@ -30,7 +30,13 @@ async def send_message(
     """Say something. 202: the message is on disk and its answer is under way at `Location`."""
     parent_id = body.parent_id if "parent_id" in body.model_fields_set else UNSET
     accepted = await graph.intake.send(
-        caller, chat_id, body.content, parent_id=parent_id, key=idempotency_key, when_busy=body.when_busy
+        caller,
+        chat_id,
+        body.content,
+        parent_id=parent_id,
+        key=idempotency_key,
+        when_busy=body.when_busy,
+        priority=body.priority,
     )
     return _answer(accepted, response)
 

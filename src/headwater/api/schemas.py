@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from headwater.clock import to_datetime
 from headwater.ids import ID_PATTERN
 from headwater.messages import Chat, Message, MessageStatus, Role, flaw_of
-from headwater.runs import Run, RunState
+from headwater.runs import Priority, Run, RunState
 from headwater.settings import WhenBusy
 
 #: Characters of a title that a person may set.
@@ -183,6 +183,11 @@ class NewMessage(Request):
         None,
         description="Should the chat be answering: `reject` this message (409), `enqueue` it behind what is answered, "
         "or `interrupt` and stop that first. Left out or null: as HEADWATER_WHEN_BUSY says.",
+    )
+    priority: Priority = Field(
+        Priority.NORMAL,
+        description="Which of the runs that wait for a worker goes first: `urgent`, `normal`, or `background` for what "
+        "nobody waits for.",
     )
 
 

@@ -28,6 +28,7 @@ from headwater.messages import Chat
 from headwater.overlay import Overlay
 from headwater.pipelines.base import Pipeline
 from headwater.queue import Enqueue
+from headwater.runs import Priority
 from headwater.settings import Settings, WhenBusy
 from headwater.store import Store
 from headwater.streams.base import StreamLog
@@ -91,17 +92,21 @@ class Intake:
         parent_id: str | Unset | None = UNSET,
         key: str | None = None,
         when_busy: WhenBusy | None = None,
+        priority: Priority = Priority.NORMAL,
     ) -> Accepted:
         """Take a message and begin its answer.
 
         `parent_id` UNSET goes on after the chat's newest message, None begins a new branch at the
         root; editing a message is sending another with its parent. The same `key` with the same
-        message is answered as the first time and does nothing. `when_busy` None takes the setting's.
+        message is answered as the first time and does nothing. `when_busy` None takes the setting's;
+        `priority` says which of the runs that wait for a worker goes first.
 
         Raises InvalidInput, NotFound, ChatBusy, ChatQueueFull, KeyReused, StoreUnavailable,
         JournalUnavailable; then nothing was written.
         """
-        return await self._turns.send(caller, chat_id, content, parent_id=parent_id, key=key, when_busy=when_busy)
+        return await self._turns.send(
+            caller, chat_id, content, parent_id=parent_id, key=key, when_busy=when_busy, priority=priority
+        )
 
     async def regenerate(self, caller: Caller, chat_id: str, message_id: str, *, key: str | None = None) -> Accepted:
         """Make an answer again, beside the one there is; also a failed one. Raises what `send` raises."""

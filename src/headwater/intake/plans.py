@@ -22,7 +22,7 @@ from headwater.messages import Chat, Message, MessageStatus, Role, branch, title
 from headwater.overlay import in_order
 from headwater.pipelines.chat import fit
 from headwater.records import Record
-from headwater.runs import Run
+from headwater.runs import Priority, Run
 from headwater.settings import WhenBusy
 from headwater.transcript import Transcript
 
@@ -59,6 +59,7 @@ class Ask:
     key: str | None
     fingerprint: str
     when_busy: WhenBusy
+    priority: Priority = Priority.NORMAL
 
     def same(self, fingerprint: str | None, run_id: str, message_id: str | None) -> Accepted:
         """What the first request with this key was told. Raises KeyReused when it was another request."""
@@ -130,6 +131,7 @@ class Planner:
             message_id=answer_id,
             idempotency_key=ask.key,
             fingerprint=ask.fingerprint if ask.key is not None else None,
+            priority=ask.priority,
             waits_for=tuple(behind),
         )
         answer = Message(

@@ -37,7 +37,7 @@ from headwater.intake.plans import Accepted, Ask, Plan, Planner
 from headwater.intake.stops import Stops
 from headwater.journal import Alone
 from headwater.messages import MessageStatus
-from headwater.runs import Run, RunState
+from headwater.runs import Priority, Run, RunState
 from headwater.settings import WhenBusy
 from headwater.store import Turn
 from headwater.streams.base import Meta
@@ -67,6 +67,7 @@ class Turns:
         parent_id: str | checks.Unset | None,
         key: str | None,
         when_busy: WhenBusy | None,
+        priority: Priority,
     ) -> Accepted:
         """`Intake.send`."""
         checks.checked_id(chat_id, "chat")
@@ -75,9 +76,11 @@ class Turns:
         text = checks.checked_text(content, self._parts.settings.max_message)
         place = "" if isinstance(parent_id, checks.Unset) else parent_id
         chosen = {"when_busy": when_busy.value} if when_busy is not None else {}
+        if priority is not Priority.NORMAL:
+            chosen["priority"] = priority.value
         digest = checks.fingerprint("send", chat_id=chat_id, content=text, parent_id=place, **chosen)
         busy = when_busy or self._parts.settings.when_busy
-        return await self._take(Ask(caller, chat_id, text, parent_id, checks.checked_key(key), digest, busy))
+        return await self._take(Ask(caller, chat_id, text, parent_id, checks.checked_key(key), digest, busy, priority))
 
     async def regenerate(self, caller: Caller, chat_id: str, message_id: str, *, key: str | None) -> Accepted:
         """Make an answer again, beside the one there is; also a failed one. Raises what `send` raises."""
