@@ -23,8 +23,8 @@ from support.wait import eventually
 READERS = 1_000
 #: 20 MB of text in events of 40 kB.
 EVENTS, SIZE = 500, 40_000
-#: Bytes the server may grow meanwhile: 80 kB a reader, a few frames of the 20 MB that each does not read.
-GROWTH = 80_000_000
+#: Bytes the server may grow meanwhile: three frames a reader, of the 20 MB that each does not read.
+GROWTH = 3 * SIZE * READERS
 
 
 async def test_readers_that_never_read_cost_a_server_no_memory(make_stack: StackMaker) -> None:
