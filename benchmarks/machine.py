@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 _HERTZ = os.sysconf("SC_CLK_TCK")
 
@@ -38,6 +39,10 @@ class Ticks:
         return (self.steal - earlier.steal) / max(1e-9, self.total - earlier.total)
 
 
+#: The benchmark and everything it started.
+_OURS: Final = "all of ours"
+
+
 @dataclass(frozen=True, slots=True)
 class Usage:
     """What a window cost."""
@@ -58,29 +63,34 @@ class Watch:
         self._before = self._sample()
 
     def usage(self) -> Usage:
-        ticks, ours, cpu = self._sample()
-        ticks_before, ours_before, cpu_before = self._before
+        ticks, cpu = self._sample()
+        ticks_before, before = self._before
         total = max(1e-9, ticks.total - ticks_before.total)
-        foreign = (ticks.busy - ticks_before.busy) - (ours - ours_before)
-        return Usage(
-            {name: cpu[name] - cpu_before[name] for name in cpu},
-            ticks.steal_since(ticks_before),
-            max(0.0, foreign / total),
-        )
+        spent = {name: sum(at - before[name].get(pid, 0.0) for pid, at in cpu[name].items()) for name in cpu}
+        foreign = (ticks.busy - ticks_before.busy) - spent.pop(_OURS)
+        return Usage(spent, ticks.steal_since(ticks_before), max(0.0, foreign / total))
 
-    def _sample(self) -> tuple[Ticks, float, dict[str, float]]:
-        return Ticks.now(), cpu_of(family(os.getpid())), {name: cpu_of(pids) for name, pids in self._groups.items()}
+    def _sample(self) -> tuple[Ticks, dict[str, dict[int, float]]]:
+        groups = {_OURS: family(os.getpid()), **self._groups}
+        return Ticks.now(), {name: _each(pids) for name, pids in groups.items()}
 
 
 def cpu_of(pids: Iterable[int]) -> float:
     """CPU seconds of these processes since their start, their ended threads included."""
-    total = 0.0
+    return sum(_each(pids).values())
+
+
+def _each(pids: Iterable[int]) -> dict[int, float]:
+    """CPU seconds of each that lives."""
+    if not Path("/proc/self/stat").exists():
+        return dict.fromkeys(pids, float("nan"))
+    found = {}
     for pid in pids:
         with contextlib.suppress(OSError):
             # The name in parentheses may hold spaces.
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            total += (int(fields[11]) + int(fields[12])) / _HERTZ
-    return total if Path("/proc/self/stat").exists() else float("nan")
+            found[pid] = (int(fields[11]) + int(fields[12])) / _HERTZ
+    return found
 
 
 def family(pid: int) -> list[int]:
