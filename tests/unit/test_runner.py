@@ -564,6 +564,42 @@ async def test_a_run_whose_attempts_are_spent_fails_without_another() -> None:
     assert pipeline.calls == 0
 
 
+@pytest.mark.parametrize("fault", ["complete", "history"])
+async def test_what_nobody_expected_before_the_claim_spends_an_attempt_each_time(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def no_page(replay: Replay, run_id: str) -> None:
+        raise RuntimeError("secret detail")
+
+    def no_input(pipeline: Pipeline, run: Run, answers: object) -> Run:
+        raise RuntimeError("secret detail")
+
+    if fault == "complete":
+        monkeypatch.setattr(ScriptedPipeline, "complete", no_input)
+    else:
+        monkeypatch.setattr(Replay, "page", no_page)
+    pipeline = saying(content("x"))
+    bench = Bench(pipeline)
+    run = await bench.accepted(waits_for=("before",))
+    behind = new_run()
+    await bench.log.park(behind, [run.id], 15)
+    for attempt in range(1, 4):
+        meta = await bench.log.meta(run.id)
+        assert meta is not None
+        # Released each time, so that nobody waits for a lease.
+        assert (meta.status, meta.lease_left, meta.attempt) == (RunState.QUEUED, 0, attempt - 1)
+        with pytest.raises(RuntimeError):
+            await bench.runner.execute(run, f"w{attempt}")
+    (end,) = await bench.check_end(run, EventType.ERROR)
+    assert end.data["code"] == "internal"
+    assert "secret" not in end.data["message"]
+    assert [each.id for each in bench.requeued] == [behind.id]
+    with pytest.raises(RuntimeError):
+        await bench.runner.execute(run, "later")
+    assert await bench.events(run) == [end]
+    assert pipeline.calls == 0
+
+
 async def test_an_end_that_was_saved_but_not_said_is_said_by_the_next_attempt() -> None:
     pipeline = saying(content("Again"))
     bench = Bench(pipeline)

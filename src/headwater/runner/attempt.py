@@ -283,6 +283,13 @@ class Attempt:
         self._ended(run)
         return run
 
+    async def give_up(self) -> Run | None:
+        """Something that nobody expected came before the first step. End the run once its attempts are spent."""
+        if endings.lost_attempts(self._lease.attempt + 1, self._earlier) >= self._parts.settings.max_attempts:
+            return await self.finish(endings.internal(), patient=False)
+        await self._parts.log.release(self._lease)
+        return None
+
     async def _still_ours(self) -> None:
         """Write the rest, or at least ask: what a newer attempt says must not be written over.
 

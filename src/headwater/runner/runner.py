@@ -89,17 +89,7 @@ class Runner:
 
         None when it was not ours. Raises LogUnavailable when Redis is away.
         """
-        fresh = await self._unless_ended(run)
-        if fresh is None:
-            return None
-        try:
-            lease = await self._log.claim(fresh, holder)
-            async with self._attempt(fresh, lease, patient=False) as attempt:
-                ended = await attempt.finish(end, patient=False)
-        except LogRefused:
-            return None
-        await self._line.ended(run)
-        return ended
+        return await self._at_once(run, holder, lambda attempt: attempt.finish(end, patient=False))
 
     async def repair(self, run: Run) -> Run | None:
         """Make the rows of a run again whose log has its terminal event. Returns the run as it ended, or None."""
@@ -127,11 +117,35 @@ class Runner:
 
     async def _execute(self, run: Run, holder: str) -> Run | None:
         try:
-            claimed = await self._claim(run, holder)
-            self._line.answered(run)
+            claimed = await self._begin(run, holder)
             ended = await self._live(*claimed) if claimed is not None else None
         finally:
             self._line.let_go(run)
+        if ended is not None:
+            await self._line.ended(run)
+        return ended
+
+    async def _begin(self, run: Run, holder: str) -> tuple[Run, Lease] | None:
+        try:
+            return await self._claim(run, holder)
+        except Exception:
+            # Only a claim counts an attempt: without one the run would be rung for, and fail like this, for ever.
+            await self._at_once(run, holder, Attempt.give_up)
+            raise
+        finally:
+            self._line.answered(run)
+
+    async def _at_once(self, run: Run, holder: str, end: Callable[[Attempt], Awaitable[Run | None]]) -> Run | None:
+        """Claim the run without waiting for its turn, and for nothing but `end`."""
+        fresh = await self._unless_ended(run)
+        if fresh is None:
+            return None
+        try:
+            lease = await self._log.claim(fresh, holder)
+            async with self._attempt(fresh, lease, patient=False) as attempt:
+                ended = await end(attempt)
+        except LogRefused:
+            return None
         if ended is not None:
             await self._line.ended(run)
         return ended
