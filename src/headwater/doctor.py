@@ -153,6 +153,11 @@ def check_redis(facts: RedisFacts) -> list[Finding]:
     findings = []
     if numbers(facts.version) < OLDEST_REDIS:
         findings.append(Finding("Redis", Verdict.BAD, text, f"Use Redis {dotted(OLDEST_REDIS)} or newer, or Valkey."))
+    if facts.refused:
+        advice = (
+            "Let REDIS_URL's user run scripts and use every key and channel; delete a key that something else wrote."
+        )
+        findings.append(Finding("Redis", Verdict.BAD, f"refuses the use of {facts.refused}", advice))
     if facts.policy != "noeviction":
         findings.append(
             Finding(

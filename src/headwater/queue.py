@@ -23,7 +23,7 @@ from headwater.errors import LogUnavailable, reason
 from headwater.runs import Priority, Run
 from headwater.service import Service
 from headwater.settings import Settings
-from headwater.streams.places import Places
+from headwater.streams.places import Places, refused_for_good
 from headwater.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -268,6 +268,9 @@ class Dispatcher(Service):
             try:
                 what(run)
             except (OperationalError, OSError, LimitExceeded, LogUnavailable) as error:
+                if refused_for_good(error):
+                    self._leave(run, error)
+                    continue
                 self._again(order, error, first=backoff == FIRST_BACKOFF)
                 if self._stopping.wait(backoff * random.uniform(0.5, 1.0)):
                     return
@@ -313,6 +316,15 @@ class Dispatcher(Service):
             retry=False,
         )
         self._telemetry.observe("headwater_enqueue_seconds", time.monotonic() - started)
+
+    def _leave(self, run: Run, error: Exception) -> None:
+        # The queue of another kind may be all right, and so may this one be by the time the sweeper rings.
+        self._telemetry.count("headwater_enqueue_failed_total")
+        logger.error(
+            "Redis refuses to queue run %s for %s, it is left to the sweeper: %s. Check what REDIS_URL's user may do, "
+            "and that nothing else writes the keys of the queues.",
+            *(run.id, queue_of(run), reason(error)),
+        )
 
     def _again(self, order: tuple[Run, Callable[[Run], None]], error: Exception, *, first: bool) -> None:
         self._telemetry.count("headwater_enqueue_failed_total")

@@ -9,13 +9,17 @@ from functools import partial
 from pathlib import Path
 
 import orjson
+import pytest
 import redis.asyncio
 
 from headwater.dev.services import Redis
 from headwater.queue import Dispatcher, level_of, lists_of, make_celery
 from headwater.service import running
 from headwater.settings import Settings
+from headwater.streams.places import Places
+from headwater.streams.probe import redis_facts
 from headwater.telemetry import Telemetry
+from support.own_redis import own_redis
 from support.runs import new_run
 from support.wait import eventually
 
@@ -34,6 +38,46 @@ async def test_runs_reach_their_queues_as_json(redis_url: str) -> None:
             assert message["headers"]["id"] == run.id
             assert message["content-type"] == "application/json"
     await asyncio.to_thread(celery.close)
+
+
+async def test_a_queue_that_redis_refuses_does_not_hold_up_the_others(
+    redis_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    celery = make_celery(Settings(redis_url=redis_url))
+    dispatcher = Dispatcher(celery, telemetry=Telemetry())
+    chat, job = new_run("chat"), new_run("shorts")
+    async with running(dispatcher), redis.asyncio.Redis.from_url(redis_url) as raw:
+        await raw.mset(dict.fromkeys(lists_of("chat"), "something else's"))
+        dispatcher.enqueue(chat)
+        dispatcher.enqueue(job)
+        await eventually(lambda: raw.llen(lists_of("jobs")[level_of(job, 0)]))
+    assert f"refuses to queue run {chat.id} for chat" in caplog.text
+    await asyncio.to_thread(celery.close)
+
+
+async def test_turns_that_redis_refuses_are_not_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    runs = [new_run("chat") for _ in range(3)]
+    with own_redis(tmp_path) as own:
+        async with redis.asyncio.Redis.from_url(own.url()) as raw:
+            assert not (await redis_facts(own.url())).refused
+            keys = ["~stream:*", "~headwater:due", "~headwater:workers", "~_kombu*", "~chat*"]
+            rights = ["on", ">pw", "+@all", "&*", *keys]
+            await raw.execute_command("ACL", "SETUSER", "narrow", *rights)  # type: ignore[no-untyped-call]
+            url = own.url().replace("//", "//narrow:pw@")
+            assert "headwater:owner:" in (await redis_facts(url)).refused
+            celery, places = make_celery(Settings(redis_url=url)), Places(url)
+            async with running(dispatcher := Dispatcher(celery, telemetry=Telemetry(), places=places)):
+                for run in runs:
+                    dispatcher.enqueue(run)
+                    dispatcher.answered(run)
+                await eventually(lambda: _length(raw, lists_of("chat")[level_of(runs[0], 0)], len(runs)))
+            await asyncio.to_thread(celery.close)
+            places.close()
+    assert caplog.text.count("Redis refuses to keep turns") == 1
+
+
+async def _length(raw: redis.asyncio.Redis, key: str, wanted: int) -> bool:
+    return await raw.llen(key) == wanted
 
 
 async def test_a_frozen_redis_blocks_neither_the_caller_nor_the_stop(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def test_a_redis_as_it_should_be_is_one_good_line() -> None:
         (replace(REDIS, version="5.0.14"), Verdict.BAD, "5.0.14"),
         (replace(REDIS, round_trip=0.2), Verdict.WARN, "200.0 ms"),
         (replace(REDIS, append_only=False), Verdict.WARN, "append-only"),
+        (replace(REDIS, refused="headwater:due: no permissions"), Verdict.BAD, "headwater:due"),
     ],
 )
 def test_what_is_wrong_with_redis_is_said_with_what_to_do(facts: RedisFacts, verdict: Verdict, word: str) -> None:

@@ -3,11 +3,14 @@
 A place that is not given back, because its process died, is free again after a while; what is lost
 with Redis is taken anew. So a place is never the truth about a run, only about whose turn it is.
 
+Places that Redis refuses are had by everybody: turns are a courtesy, and an answer is worth more.
+
 Synchronous, for the thread that talks to the broker; safe to use from several threads.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn, cast
@@ -16,7 +19,7 @@ import orjson
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
+from redis.exceptions import NoPermissionError, RedisError
 from redis.retry import Retry
 
 from headwater.errors import LogUnavailable, reason
@@ -24,8 +27,21 @@ from headwater.runs import Run
 from headwater.streams import keys
 from headwater.streams.base import LIVE_TTL
 
+logger = logging.getLogger(__name__)
+
 #: Seconds to connect and for one answer.
 _PATIENCE: Final = 2.0
+#: What Redis says where trying again does not help, also from within a script.
+_REFUSALS: Final = ("WRONGTYPE", "NOPERM", "ACL failure", "unknown command")
+
+
+def refused_for_good(error: BaseException) -> bool:
+    """Whether Redis refuses for good, by its rights or by what is stored, rather than being away or full.
+
+    `error` may be of whoever talks to Redis, with Redis's own as its cause.
+    """
+    cause = error.__cause__ or error
+    return isinstance(cause, NoPermissionError) or any(word in str(cause) for word in _REFUSALS)
 
 
 def _script(name: str) -> str:
@@ -40,6 +56,7 @@ class Places:
         self._redis = Redis.from_url(url, **options, retry=Retry(NoBackoff(), 1, (RedisConnectionError,)))
         self._take = self._redis.register_script(_script("take"))
         self._give = self._redis.register_script(_script("give"))
+        self._refused = False
 
     def take(self, run: Run, what: str, order: float, *, places: int, seconds: float) -> int | None:
         """Take one of the owner's `places` for `what`, for so many seconds; asking again extends it.
@@ -48,12 +65,12 @@ class Places:
         of `order`, lowest first.
         """
         arguments = [run.id, order, places, round(seconds * 1000), LIVE_TTL]
-        taken = cast("int", self._call(self._take, run.owner_id, what, arguments))
+        taken = cast("int", self._call(self._take, run.owner_id, what, arguments, refused=0))
         return None if taken < 0 else taken
 
     def give(self, run: Run, what: str, *, places: int) -> list[Run]:
         """Give the run's place back, or its turn up, and get the runs whose turn it is."""
-        while ids := self._call(self._give, run.owner_id, what, [run.id, places]):
+        while ids := self._call(self._give, run.owner_id, what, [run.id, places], refused=()):
             found = [Run.from_json(orjson.loads(raw)) for raw in self._runs(ids) if raw]
             if found:
                 return found
@@ -77,12 +94,24 @@ class Places:
     def close(self) -> None:
         self._redis.close()
 
-    def _call(self, script: Any, owner_id: str, what: str, arguments: Sequence[Any]) -> Any:
+    def _call(self, script: Any, owner_id: str, what: str, arguments: Sequence[Any], *, refused: Any) -> Any:
         name = keys.places(owner_id, what)
         try:
-            return script(keys=[f"{name}:taken", f"{name}:waiting"], args=arguments)
+            answer = script(keys=[f"{name}:taken", f"{name}:waiting"], args=arguments)
         except (RedisError, OSError) as error:
-            _unavailable(error)
+            if not refused_for_good(error):
+                _unavailable(error)
+            if not self._refused:
+                logger.warning(
+                    "Redis refuses to keep turns in %s:taken and %s:waiting: %s. Until that is mended, runs begin "
+                    "without waiting for a turn. Its user needs EVALSHA, SCRIPT and the keys %s*; a key that "
+                    "something else has written may be deleted.",
+                    *(name, name, reason(error), keys.OWNERS),
+                )
+            self._refused = True
+            return refused
+        self._refused = False
+        return answer
 
     def _runs(self, ids: Sequence[bytes]) -> list[Any]:
         try:

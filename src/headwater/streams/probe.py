@@ -8,9 +8,10 @@ from typing import Final
 from urllib.parse import urlsplit
 
 import redis.asyncio
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from headwater.errors import LogUnavailable, reason
+from headwater.streams import keys
 
 #: Seconds to wait for a server that does not answer.
 _PATIENCE: Final = 3.0
@@ -33,6 +34,8 @@ class RedisFacts:
     round_trip: float
     #: Its clock, Unix milliseconds.
     now_ms: int
+    #: What its user may not do with a key that headwater uses; empty when nothing was found.
+    refused: str = ""
 
 
 async def redis_facts(url: str) -> RedisFacts:
@@ -46,6 +49,7 @@ async def redis_facts(url: str) -> RedisFacts:
             seconds, micros = await client.time()
             round_trip = time.perf_counter() - begun
             info = await client.info()
+            refused = await _refused(client)
     except (RedisError, OSError, ValueError) as error:
         raise LogUnavailable(f"Redis at {shown(url)} does not answer: {reason(error)}. Check REDIS_URL.") from None
     return RedisFacts(
@@ -56,7 +60,18 @@ async def redis_facts(url: str) -> RedisFacts:
         append_only=bool(int(info.get("aof_enabled", 0))),
         round_trip=round_trip,
         now_ms=int(seconds) * 1000 + int(micros) // 1000,
+        refused=refused,
     )
+
+
+async def _refused(client: redis.asyncio.Redis) -> str:
+    # One of each kind of keys. A script, because all that changes a run is one; it only reads.
+    for key in (keys.DUE, keys.WORKERS, keys.places("doctor", "taken"), keys.metadata("doctor")):
+        try:
+            await client.eval("return redis.call('ZCARD', KEYS[1])", 1, key)
+        except ResponseError as error:
+            return f"{key}: {reason(error)}"
+    return ""
 
 
 def shown(url: str) -> str:
