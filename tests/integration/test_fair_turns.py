@@ -15,6 +15,7 @@ import redis.asyncio
 
 from headwater import streams
 from headwater.clock import SystemClock
+from headwater.errors import LogUnavailable
 from headwater.events import Event, EventType
 from headwater.ids import new_id
 from headwater.queue import BELLS, CHAT_QUEUE, JOBS_QUEUE, Dispatcher, lists_of, make_celery
@@ -24,6 +25,7 @@ from headwater.settings import Settings
 from headwater.shares import Shares
 from headwater.streams.base import StreamLog
 from headwater.streams.places import Places
+from headwater.sweeper import Sweeper
 from headwater.telemetry import Telemetry
 from support.openai_scenarios import Scenario, chunk
 from support.openai_server import OpenAIServer
@@ -237,6 +239,46 @@ async def test_a_run_that_is_gone_gives_its_turn_to_the_next(places: Places, log
     for order, run in enumerate((first, gone, last)):
         places.take(run, "x", order, places=1, seconds=60)
     assert places.give(first, "x", places=1) == [last]
+
+
+async def test_a_turn_that_was_lost_on_its_way_is_rung_for_by_the_sweeper(
+    places: Places, log: StreamLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = (question() for _ in range(3))
+    for order, run in enumerate((first, second, third)):
+        await log.open(run, 0.01 if run is second else 60)
+        places.take(run, "x", order, places=1, seconds=60)
+    with monkeypatch.context() as patch:
+        # As when the process dies in between: the run is no longer among those that wait.
+        patch.setattr(places, "_runs", lambda ids: (_ for _ in ()).throw(LogUnavailable("gone")))
+        with pytest.raises(LogUnavailable):
+            places.give(first, "x", places=1)
+    rung: dict[str, int | None] = {}
+
+    def ring(run: Run) -> None:
+        rung[run.id] = places.take(run, "x", 9, places=1, seconds=60)
+
+    async def nothing(*_: object) -> list[Run]:
+        return []
+
+    sweeper = Sweeper(
+        log,
+        unfinished=nothing,
+        enqueue=ring,
+        repair=nothing,
+        cancel=nothing,
+        clock=SystemClock(),
+        telemetry=Telemetry(),
+        grace=0.01,
+    )
+
+    async def swept() -> bool:
+        await sweeper.sweep(rows=False)
+        return second.id in rung
+
+    await eventually(swept)
+    assert rung == {second.id: 0}
+    assert places.give(second, "x", places=1) == [third]
 
 
 async def test_a_place_that_nobody_keeps_is_free_again_and_one_that_is_kept_is_not(places: Places) -> None:
