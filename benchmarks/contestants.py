@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Final
 
 from redis.asyncio import Redis as Client
 
+from benchmarks.load.streams import Spec
 from benchmarks.machine import family
 from benchmarks.parts import Parts, Program, answers
 from headwater.clock import SystemClock
@@ -62,17 +63,9 @@ class Contestant(ABC):
     async def channels(self, count: int) -> Channels:
         """Channels that nobody has read or written yet."""
 
-    def spec(self, channels: Channels, rate: float, tick: float) -> dict[str, Any]:
+    def spec(self, channels: Channels, rate: float, tick: float) -> Spec:
         """For `load.Publisher`."""
-        return {
-            "port": self.publish_port,
-            "rate": rate,
-            "tick": tick,
-            "connections": self.connections,
-            "answer": self.answer,
-            "size": TEXT,
-            "targets": channels.targets,
-        }
+        return Spec(self.publish_port, rate, tick, self.connections, self.answer, TEXT, channels.targets)
 
 
 class Headwater(Contestant):

@@ -1,4 +1,4 @@
-"""The two load programs as child processes. Compiled at first use; without a C compiler their Python twins run."""
+"""The load programs as child processes. Compiled at first use; without a C compiler their Python twins run."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""Publishes events at an even pace over raw sockets: `publish.py SPEC.json`, and commands on standard input.
+"""Publishes events at an even pace over raw sockets: `publish.py SPEC`, and commands on standard input.
 
-The specification: `port`, `rate` (events per second and target), `tick` (seconds between writes at least),
-`connections`, `answer` (what every accepted event is answered with), `size` (characters of text) and
-`targets`: requests in which `@seq@` and `@event@` stand for an event's number and the event, and
-`@seq#@` and `@event#@` for their lengths, as Redis wants them. Standard library only.
+The specification's first line: the port, the rate (events per second and target), the tick (seconds between writes at
+least), the number of connections, the characters of an event's text, and what every accepted event is answered with.
+Every further line is a target: a request in which `@seq@` and `@event@` stand for an event's number and the event, and
+`@seq#@` and `@event#@` for their lengths, as Redis wants them. Answer and targets are in hexadecimal.
 
-Says `ready`; `go` begins; `stop FROM_NS TO_NS` ends and prints how many it published in that window.
+Says `ready`; `go` begins; `stop FROM_NS TO_NS` ends and prints how many it published in that window. Standard library
+only. `publish.c` does the same at a smaller price and takes this one's place where there is a C compiler.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 #: Events that one write may hold, and bytes that may wait for a server that takes no more: few, because an event has
 #: its time already, and what waits here is not published yet.
 BURST = 256
 WAITING = 65_536
-HOLE = re.compile("@event#?@|@seq#?@")
+#: Seconds until a server that takes no more is looked at again.
+FULL = 0.001
+HOLE = re.compile(b"@event#?@|@seq#?@")
 
 
 class Connection:
@@ -59,14 +61,17 @@ class Connection:
 
 
 class Publisher:
-    def __init__(self, spec: dict[str, Any]) -> None:
-        self.targets = [HOLE.sub("%b", target.replace("%", "%%")).encode() for target in spec["targets"]]
-        self.holes = HOLE.findall(spec["targets"][0])
+    def __init__(self, spec: str) -> None:
+        head, *lines = spec.splitlines()
+        port, rate, tick, connections, size, answer = head.split()
+        targets = [bytes.fromhex(line) for line in lines]
+        self.targets = [HOLE.sub(b"%b", target.replace(b"%", b"%%")) for target in targets]
+        self.holes = HOLE.findall(targets[0])
         self.seqs = [0] * len(self.targets)
-        self.connections = [Connection(spec["port"], spec["answer"].encode()) for _ in range(spec["connections"])]
-        self.rate = spec["rate"] * len(self.targets)
-        self.tick = spec["tick"]
-        self.event = b'{"seq":%d,"type":"content","at":%d,"t":%d,"text":"' + b"x" * spec["size"] + b'"}'
+        self.connections = [Connection(int(port), bytes.fromhex(answer)) for _ in range(int(connections))]
+        self.rate = float(rate) * len(self.targets)
+        self.tick = float(tick)
+        self.event = b'{"seq":%d,"type":"content","at":%d,"t":%d,"text":"' + b"x" * int(size) + b'"}'
         self.sent = 0
         #: When each write was made, and how many events had gone out with it.
         self.times: list[int] = []
@@ -78,9 +83,11 @@ class Publisher:
         while True:
             now = time.monotonic()
             due = int((now - begun) * self.rate)
-            if due > self.sent and sum(len(one.out) for one in self.connections) < WAITING:
+            full = sum(len(one.out) for one in self.connections) >= WAITING
+            if due > self.sent and not full:
                 self._write(min(due, self.sent + BURST))
-            after = max(begun + (self.sent + 1) / self.rate, now + self.tick)
+            # A server that takes no more is not asked again and again at the others' cost.
+            after = max(begun + (self.sent + 1) / self.rate, now + max(self.tick, FULL * full))
             if (window := self._wait(after)) is not None:
                 return window
 
@@ -91,10 +98,10 @@ class Publisher:
             seq = self.seqs[index] = self.seqs[index] + 1
             event, number_text = self.event % (seq, at, t), b"%d" % seq
             known = {
-                "@event@": event,
-                "@event#@": b"%d" % len(event),
-                "@seq@": number_text,
-                "@seq#@": b"%d" % len(number_text),
+                b"@event@": event,
+                b"@event#@": b"%d" % len(event),
+                b"@seq@": number_text,
+                b"@seq#@": b"%d" % len(number_text),
             }
             # A target keeps its connection, so its events stay in order.
             out = self.connections[index % len(self.connections)].out
@@ -132,7 +139,7 @@ class Publisher:
 
 
 def main() -> None:
-    publisher = Publisher(json.loads(Path(sys.argv[1]).read_text()))
+    publisher = Publisher(Path(sys.argv[1]).read_text())
     print("ready", flush=True)
     if not sys.stdin.readline():
         return

@@ -8,17 +8,15 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Self
 
 from benchmarks.load.programs import command_of
 from benchmarks.machine import pinned
 from headwater.dev.child import dies_with_parent
-
-HERE: Final = Path(__file__).parent
 
 
 class _Process:
@@ -95,15 +93,37 @@ class Readers(_Process):
         return dict(json.loads(await self._line(self.process.stdout, "{")))
 
 
-class Publisher(_Process):
-    """`publish.py`: connected when the block begins, publishing from `go` on."""
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What is published: see `publish.py`."""
 
-    def __init__(self, spec: dict[str, Any], core: int | None = None) -> None:
+    port: int
+    #: Events per second and target.
+    rate: float
+    #: Seconds between writes at least.
+    tick: float
+    connections: int
+    answer: str
+    #: Characters of text in an event.
+    size: int
+    targets: Sequence[str]
+
+    def text(self) -> str:
+        """As the publishers read it."""
+        answer = self.answer.encode().hex()
+        head = f"{self.port} {self.rate} {self.tick} {self.connections} {self.size} {answer}"
+        return "\n".join([head, *(target.encode().hex() for target in self.targets)])
+
+
+class Publisher(_Process):
+    """`publish`: connected when the block begins, publishing from `go` on."""
+
+    def __init__(self, spec: Spec, core: int | None = None) -> None:
         descriptor, name = tempfile.mkstemp(prefix="headwater-publish-")
-        os.write(descriptor, json.dumps(spec).encode())
         os.close(descriptor)
         self._file = Path(name)
-        super().__init__([sys.executable, "-S", str(HERE / "publish.py"), name], core)
+        self._file.write_text(spec.text())
+        super().__init__([*command_of("publish"), name], core)
 
     async def __aenter__(self) -> Self:
         await super().__aenter__()

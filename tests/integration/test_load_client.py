@@ -1,8 +1,9 @@
-"""The benchmarks' load client and publisher count right: figures that others rest on."""
+"""The benchmarks' load client and publisher do and count what they say: figures that others rest on."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -22,13 +23,13 @@ HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding
 
 
 @pytest.fixture(params=["compiled", "Python"])
-def client(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Either of the two load clients."""
+def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Either form of the load programs."""
     if request.param == "Python":
-        script = Path(streams.__file__).with_name("sseload.py")
-        monkeypatch.setattr(streams, "command_of", lambda name: [sys.executable, "-S", str(script)])
+        folder = Path(streams.__file__).parent
+        monkeypatch.setattr(streams, "command_of", lambda name: [sys.executable, "-S", str(folder / f"{name}.py")])
     elif len(command_of("sseload")) > 1:
-        pytest.skip("without a C compiler the benchmarks use the Python client, which is tested beside this")
+        pytest.skip("without a C compiler the benchmarks use the Python programs, which are tested beside this")
 
 
 @asynccontextmanager
@@ -56,7 +57,7 @@ def all_read(writer: asyncio.StreamWriter) -> bool:
     return all(line[4].endswith(":00000000") for line in lines if line[1].endswith(port))
 
 
-async def test_every_event_counts_once_however_the_bytes_are_cut(client: None) -> None:
+async def test_every_event_counts_once_however_the_bytes_are_cut(programs: None) -> None:
     measuring = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -103,19 +104,12 @@ async def test_every_event_counts_once_however_the_bytes_are_cut(client: None) -
     assert seen["p50_us"] < 2_000_000 < seen["p999_us"]
 
 
-async def test_a_subscriber_gets_what_the_publisher_counts(client: None, tmp_path: Path) -> None:
+async def test_a_subscriber_gets_what_the_publisher_counts(programs: None, tmp_path: Path) -> None:
     redis = Redis(tmp_path / "redis")
     redis.start()
     names = [f"channel-{number}" for number in range(7)]
-    spec = {
-        "port": redis.port,
-        "rate": 40,
-        "tick": 0.001,
-        "connections": 1,
-        "answer": ":",
-        "size": 30,
-        "targets": [f"*3\r\n$7\r\nPUBLISH\r\n${len(name)}\r\n{name}\r\n$@event#@\r\n@event@\r\n" for name in names],
-    }
+    targets = [f"*3\r\n$7\r\nPUBLISH\r\n${len(name)}\r\n{name}\r\n$@event#@\r\n@event@\r\n" for name in names]
+    spec = streams.Spec(redis.port, rate=40, tick=0.001, connections=1, answer=":", size=30, targets=targets)
     try:
         async with (
             streams.Publisher(spec) as publisher,
@@ -131,3 +125,39 @@ async def test_a_subscriber_gets_what_the_publisher_counts(client: None, tmp_pat
         redis.stop()
     assert sent["answered"] == sent["sent"] > sent["published"] > 0
     assert seen["delivered"] == sent["published"]
+
+
+async def test_the_publisher_numbers_and_measures_its_events_and_keeps_a_targets_order(programs: None) -> None:
+    seqs: dict[bytes, list[int]] = {}
+    places: dict[bytes, set[int]] = {}
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            target, seq_size, seq, size, event = line.rstrip(b"\n").split(b" ", 4)
+            assert (int(seq_size), int(size)) == (len(seq), len(event))
+            read = json.loads(event)
+            assert read | {"t": 0, "at": 0} == {"seq": int(seq), "type": "content", "at": 0, "t": 0, "text": "xxxxx"}
+            assert b'"t":%d,' % read["t"] in event
+            seqs.setdefault(target, []).append(int(seq))
+            places.setdefault(target, set()).add(id(writer))
+            writer.write(b"do")
+            if seq == b"1":
+                # A piece of an answer is none.
+                await eventually(lambda: all_read(writer))
+            writer.write(b"ne\n")
+        writer.close()
+
+    async with listening(serve) as port:
+        targets = [f"a%d@{number} @seq#@ @seq@ @event#@ @event@\n" for number in range(3)]
+        spec = streams.Spec(port, rate=40, tick=0.001, connections=2, answer="done", size=5, targets=targets)
+        async with streams.Publisher(spec) as publisher:
+            begin = time.monotonic_ns()
+            publisher.go()
+            await eventually(lambda: len(seqs.get(b"a%d@2", ())) >= 10)
+            sent = await publisher.stop(begin, time.monotonic_ns())
+    assert sent["published"] == sent["sent"] == sent["answered"] == sum(map(len, seqs.values()))
+    assert all(numbers == list(range(1, len(numbers) + 1)) for numbers in seqs.values())
+    # The first and the third share the first connection.
+    first, second, third = (places[b"a%%d@%d" % number] for number in range(3))
+    assert first == third != second
+    assert len(first) == len(second) == 1
