@@ -641,6 +641,29 @@ async def test_what_can_be_read_of_a_damaged_file_is_salvaged_and_the_file_is_ke
         await later.close()
 
 
+async def test_a_row_that_is_not_whole_is_left_out_of_what_is_salvaged_and_named(case: Case) -> None:
+    records = [said() for _ in range(5)]
+    await case.journal.append(records)
+    await case.journal.close()
+    # What damage in a row's header looks like, which says of each column whether it is NULL.
+    schema = (
+        "PRAGMA writable_schema = ON; UPDATE sqlite_schema SET sql = replace(sql, '{}', '{}') WHERE name = 'records'"
+    )
+    case.alter(schema.format(" id TEXT NOT NULL", " id TEXT"))
+    case.alter("UPDATE records SET id = NULL WHERE position = 3")
+    case.alter(schema.format(" id TEXT", " id TEXT NOT NULL"))
+    assert "NULL value in records.id" in str(await refused(case))
+
+    done = salvage(case.path, "now")
+
+    assert (done.records, done.waiting, done.missing, done.broken) == (4, 4, 1, [3])
+    later = case.another()
+    await later.open()
+    kept = ids([entry.record for entry in await later.unsynced(100)])
+    await later.close()
+    assert kept == ids([*records[:2], *records[3:]])
+
+
 @pytest.mark.parametrize(
     ("code", "status", "title", "retryable"),
     [

@@ -200,6 +200,8 @@ def salvage(yes: Yes = False, data_dir: DataDir = None) -> None:
         f"{done.records} records are saved, {done.waiting} of them for PostgreSQL; {done.missing} positions hold none "
         f"that can be read. The damaged file is {done.aside}."
     )
+    if done.broken:
+        typer.echo(f"Left out, as they are not whole: the records at {', '.join(map(str, done.broken))}.")
 
 
 class _Opened:

@@ -9,7 +9,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -38,6 +38,8 @@ class Salvaged:
     waiting: int
     #: Positions that hold no readable row; some of them may have been pruned long ago.
     missing: int
+    #: Of these, positions whose row is there but not whole, such as one without an id.
+    broken: Sequence[int]
     #: Where the damaged file is now.
     aside: Path
 
@@ -66,8 +68,8 @@ def salvage(path: Path, stamp: str) -> Salvaged:
         _remove(fresh)
         try:
             with explained(path):
-                records, waiting, missing = _copy_rows(copy, fresh)
-            _must_hold_something(path, records)
+                copied = _copy_rows(copy, fresh)
+            _must_hold_something(path, copied[0])
         except BaseException:
             _remove(fresh)
             raise
@@ -78,7 +80,7 @@ def salvage(path: Path, stamp: str) -> Salvaged:
         with contextlib.suppress(FileNotFoundError):
             Path(f"{path}{side}").rename(f"{aside}{side}")
     fresh.replace(path)
-    return Salvaged(records, waiting, missing, aside)
+    return Salvaged(*copied, aside)
 
 
 def _must_hold_something(path: Path, records: int) -> None:
@@ -108,15 +110,20 @@ def _must_be_alone(path: Path) -> None:
             return
 
 
-def _copy_rows(copy: Path, fresh: Path) -> tuple[int, int, int]:
+def _copy_rows(copy: Path, fresh: Path) -> tuple[int, int, int, list[int]]:
     target = JournalFile(fresh)
     target.prepare()
     with contextlib.closing(apsw.Connection(str(copy))) as source, contextlib.closing(target.connect()) as into:
         last = _last_position(source)
         records, waiting = 0, 0
+        broken: list[int] = []
         with into:
             for row in _by_position(source, last):
-                into.execute(_PUT["records"], row)
+                try:
+                    into.execute(_PUT["records"], row)
+                except apsw.ConstraintError:
+                    broken.append(row[0])
+                    continue
                 records += 1
                 waiting += row[9] is None
             for table, read in _OTHERS.items():
@@ -126,7 +133,7 @@ def _copy_rows(copy: Path, fresh: Path) -> tuple[int, int, int]:
             into.execute("DELETE FROM sqlite_sequence WHERE name = 'records'")
             into.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('records', ?)", (last,))
         into.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
-    return records, waiting, last - records
+    return records, waiting, last - records, broken
 
 
 def _last_position(source: apsw.Connection) -> int:
