@@ -22,6 +22,7 @@ from support.openai_server import OpenAIServer
 from support.own_postgres import OwnPostgres
 from support.own_redis import OwnRedis, frozen, own_redis
 from support.reader import Reader, ask, row_of
+from support.runs import new_run
 from support.stack import StackMaker
 from support.wait import eventually
 
@@ -155,6 +156,24 @@ async def test_a_queued_run_is_ended_by_the_next_server_on_the_same_journal(
         answer = (await house.reading.get_chat(ME, chat.id)).messages[-1]
         assert answer.status is MessageStatus.CANCELLED
         await house.intake.send(ME, chat.id, "next")
+
+
+async def test_promises_that_take_their_time_do_not_stand_in_the_way_of_others(
+    redis_url: str, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headwater.intake.stops.BATCH", 2)
+    async with make_house(redis_url, database_url, tmp_path) as house:
+        for _ in range(3):
+            held = new_run("chat", owner_id=ME.owner_id)
+            await house.log.claim(held, "a worker that is frozen")
+            await house.journal.note_cancel(held.id)
+        queued = await house.intake.send(ME, (await house.intake.create_chat(ME)).id, "hello")
+        await house.journal.note_cancel(queued.task_id)
+
+        async def ended() -> bool:
+            return (await house.reading.run_view(ME, queued.task_id)).state is RunState.CANCELLED
+
+        await eventually(ended, 5)
 
 
 @pytest.mark.parametrize("also", ["Redis", "Redis and PostgreSQL"])

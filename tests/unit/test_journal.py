@@ -340,6 +340,7 @@ async def test_a_noted_cancel_stays_until_it_is_dropped_also_across_processes(ca
     try:
         assert await again.cancels(10) == ["one", "two"]
         assert await again.cancels(1) == ["one"]
+        assert await again.cancels(1, "one") == ["two"]
         await again.drop_cancels(["one"])
         assert await again.cancels(10) == ["two"]
         case.clock.advance(10)

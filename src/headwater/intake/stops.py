@@ -42,7 +42,7 @@ CANCELLING: Final = "cancelling"
 PATIENCE: Final = 0.6
 #: Seconds between two looks at what was promised.
 EVERY: Final = 1.0
-#: Promises of one look.
+#: Promises of one read.
 BATCH: Final = 500
 #: Seconds between looks while waiting for a confirmation.
 _LOOK: Final = 0.05
@@ -219,12 +219,17 @@ class Stops(Service):
     async def look(self) -> int:
         """Bring every promised cancel on its way once; how many runs have ended. Raises Unavailable."""
         await self._judge()
-        promised = await self._parts.journal.cancels(BATCH)
-        self._unknown = {run_id: since for run_id, since in self._unknown.items() if run_id in promised}
-        ended = [run_id for run_id in promised if await self._keep(run_id)]
-        if ended:
-            await self._parts.journal.drop_cancels(ended)
-        return len(ended)
+        kept, after, seen = 0, "", set[str]()
+        # All of them, as below: a run whose worker is frozen must not stand in the way of others.
+        while promised := await self._parts.journal.cancels(BATCH, after):
+            after = promised[-1]
+            seen.update(promised)
+            ended = [run_id for run_id in promised if await self._keep(run_id)]
+            if ended:
+                await self._parts.journal.drop_cancels(ended)
+            kept += len(ended)
+        self._unknown = {run_id: since for run_id, since in self._unknown.items() if run_id in seen}
+        return kept
 
     async def _judge(self) -> None:
         """Make promises of the wishes of owners. The others are dropped, those nobody can tell about yet stay."""

@@ -217,9 +217,9 @@ class Journal:
         found = await self._reader.submit(lambda connection: rows.unfinished(connection, before, limit))
         return [entry.record for entry in rows.read(found)[0]]
 
-    async def cancels(self, limit: int) -> list[str]:
-        """Runs whose cancel was noted, oldest first."""
-        return await self._reader.submit(lambda connection: rows.cancels(connection, limit))
+    async def cancels(self, limit: int, after: str = "") -> list[str]:
+        """Runs whose cancel was noted, by id, behind `after`."""
+        return await self._reader.submit(lambda connection: rows.cancels(connection, after, limit))
 
     async def cancelled(self, owners: Mapping[str, str]) -> set[str]:
         """Of these runs, each with its owner, those whose cancel was noted, or wished for by the owner."""

@@ -75,7 +75,7 @@ _UNFINISHED: Final = """
     ORDER BY position LIMIT ?
 """
 _NOTE_CANCEL: Final = "INSERT OR IGNORE INTO cancels (run_id, at) VALUES (?, ?)"
-_CANCELS: Final = "SELECT run_id FROM cancels ORDER BY at LIMIT ?"
+_CANCELS: Final = "SELECT run_id FROM cancels WHERE run_id > ? ORDER BY run_id LIMIT ?"
 _DROP_CANCEL: Final = "DELETE FROM cancels WHERE run_id = ?"
 _DELETE_CANCELS: Final = "DELETE FROM cancels WHERE at < ?"
 _NOTE_WISH: Final = "INSERT OR IGNORE INTO wishes (run_id, owner_id, at) VALUES (?, ?, ?)"
@@ -280,8 +280,8 @@ def note_cancel(connection: apsw.Connection, run_id: str, at: int) -> None:
     connection.execute(_NOTE_CANCEL, (run_id, at))
 
 
-def cancels(connection: apsw.Connection, limit: int) -> list[str]:
-    return [str(row[0]) for row in connection.execute(_CANCELS, (limit,)).fetchall()]
+def cancels(connection: apsw.Connection, after: str, limit: int) -> list[str]:
+    return [str(row[0]) for row in connection.execute(_CANCELS, (after, limit)).fetchall()]
 
 
 def drop_cancels(connection: apsw.Connection, run_ids: Sequence[str]) -> None:
