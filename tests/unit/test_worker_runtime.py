@@ -111,13 +111,20 @@ async def test_a_loop_that_died_is_replaced(runtimes: Runtimes) -> None:
 
 
 async def test_a_worker_without_a_usable_journal_gives_its_tasks_back(
-    runtimes: Runtimes, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    runtimes: Runtimes,
+    celery: Celery,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("headwater.worker.runtime.START_PATIENCE", 0.05)
     settings.journal_file.write_bytes(b"not a database" * 1000)
-    runtime = await asyncio.to_thread(runtimes.here)
-    assert isinstance(await in_thread(lambda: execute(runtime)), RuntimeGone)
+    tasks.register(celery, runtimes)
+    result = await asyncio.to_thread(celery.tasks[RUN_TASK].apply, [new_run().to_json()])
+    assert (result.state, result.result.requeue) == ("REJECTED", True)
     await eventually(lambda: "cannot start" in caplog.text)
+    assert "reject requeue=True: The parts of this worker do not start" in caplog.text
+    assert "Traceback" not in caplog.text
 
 
 async def test_it_drains_and_stops_while_redis_is_away(runtimes: Runtimes) -> None:

@@ -17,6 +17,8 @@ from billiard.exceptions import RestartFreqExceeded
 from celery.exceptions import CPendingDeprecationWarning
 from celery.worker.consumer import Consumer
 
+from headwater.worker.oneline import OneLine
+
 logger = logging.getLogger(__name__)
 
 
@@ -29,9 +31,9 @@ class LastingConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
         self.connection_errors: tuple[type[Exception], ...] = (*self.connection_errors, AttributeError)
         broker = (*self.connection_errors, *self.channel_errors)
         for name in ("celery.worker.request", "kombu.asynchronous.hub", "kombu.transport.redis"):
-            logging.getLogger(name).addFilter(_OneLine(broker))
+            logging.getLogger(name).addFilter(OneLine(broker))
         # It waits a second and goes on: a server that is full refuses each new connection at once.
-        logging.getLogger("celery.worker.consumer.consumer").addFilter(_OneLine((RestartFreqExceeded,)))
+        logging.getLogger("celery.worker.consumer.consumer").addFilter(OneLine((RestartFreqExceeded,)))
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """Take the broken connection apart; Celery reconnects afterwards."""
@@ -42,16 +44,3 @@ class LastingConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
                 super().on_connection_error_after_connected(exc)
         except AttributeError as error:
             logger.warning("The broken connection to the broker is left as it is: %r", error)
-
-
-class _OneLine(logging.Filter):
-    """A broker that is away is a warning of one line, not an alarm with a traceback."""
-
-    def __init__(self, errors: tuple[type[Exception], ...]) -> None:
-        super().__init__()
-        self._errors = errors
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if isinstance(record.exc_info, tuple) and isinstance(record.exc_info[1], self._errors):
-            record.exc_info, record.levelno, record.levelname = None, logging.WARNING, "WARNING"
-        return True

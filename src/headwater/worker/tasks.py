@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,8 +12,13 @@ from celery.exceptions import Reject
 
 from headwater.queue import RUN_TASK, SYNC_TASK
 from headwater.runs import Run
+from headwater.worker.oneline import OneLine
 from headwater.worker.pool import AsyncTask
 from headwater.worker.runtime import RuntimeGone, Runtimes
+
+
+class GivenBack(Reject):  # type: ignore[misc]  # Celery has no types
+    """The message goes back into its queue: this process ends, or cannot begin, which its log tells by itself."""
 
 
 def register(app: Celery, runtimes: Runtimes) -> None:
@@ -37,6 +43,7 @@ def register(app: Celery, runtimes: Runtimes) -> None:
         with _given_back():
             return await runtimes.here().sync()
 
+    logging.getLogger("celery.app.trace").addFilter(OneLine((GivenBack,)))
     # Not shared: Celery would give them, bound to these runtimes, to every other app of the process too.
     options: dict[str, Any] = {"base": OnTheLoop, "shared": False}
     app.task(run, name=RUN_TASK, Request="headwater.worker.request:DiscreetRequest", **options)
@@ -49,4 +56,4 @@ def _given_back() -> Iterator[None]:
         yield
     except RuntimeGone as error:
         # Another process of the pool, or another worker, can still do it.
-        raise Reject(str(error), requeue=True) from error
+        raise GivenBack(str(error), requeue=True) from error
