@@ -10,8 +10,8 @@ from benchmarks.contestants import Channels, Contestant
 from benchmarks.load.streams import Publisher, Readers
 from benchmarks.machine import Usage, Watch
 
-#: Share of a core above which the load client may be the limit.
-CLIENT_FULL = 0.8
+#: Share of a core above which what surrounds the server may be the limit.
+LOAD_FULL = 0.8
 #: Shares of the machine above which a window says more about the neighbours.
 STEAL, FOREIGN = 0.05, 0.25
 
@@ -57,6 +57,15 @@ class Window:
     def disturbed(self) -> bool:
         return self.steal > STEAL or self.foreign > FOREIGN
 
+    @property
+    def load_core(self) -> float:
+        """What surrounds the server: Redis, the publisher and the readers' client. On two cores they share one."""
+        return self.redis_core + self.publisher_core + self.client_core
+
+    @property
+    def load_full(self) -> bool:
+        return self.load_core > LOAD_FULL
+
     def row(self) -> dict[str, Any]:
         return {name: round(value, 5) if isinstance(value, float) else value for name, value in asdict(self).items()}
 
@@ -64,11 +73,13 @@ class Window:
         """One line for who watches."""
         marks = " DISTURBED" if self.disturbed else ""
         marks += f" {self.lost} READERS LOST" if self.lost else ""
-        marks += " CLIENT FULL" if self.client_core > CLIENT_FULL else ""
+        marks += " LOAD CORE FULL" if self.load_full else ""
         return (
             f"  {self.contestant:20} {self.runs:5} runs {self.readers:5} readers  {self.delivered:8.3%} of "
             f"{self.offered:7,.0f}/s  {self.cpu_us:6.1f} us/event (+{self.redis_us:.1f} Redis)  "
-            f"p50 {self.p50_ms:8.3f}  p99 {self.p99_ms:8.2f} ms  client {self.client_core:4.0%}  "
+            f"p50 {self.p50_ms:8.3f}  p99 {self.p99_ms:8.2f} ms  "
+            f"server {self.server_core:4.0%}  Redis {self.redis_core:4.0%}  publisher {self.publisher_core:4.0%}  "
+            f"client {self.client_core:4.0%}  "
             f"steal {self.steal:4.0%}  foreign {self.foreign:4.0%}{marks}"
         )
 
