@@ -74,7 +74,7 @@ async def open_core(settings: Settings, telemetry: Telemetry, celery: Celery, st
         compress_over=settings.compress_over,
     )
     stack.push_async_callback(log.close)
-    store = Store(settings.need_database(), pool_size=settings.db_pool_size, wait=settings.db_wait)
+    store = Store(settings.need_database(), pool_size=settings.db_pool_size, wait=settings.db_wait, clock=clock)
     stack.push_async_callback(store.close)
     provider = providers.connect(settings, telemetry)
     stack.push_async_callback(provider.close)

@@ -15,6 +15,7 @@
     │   └── TooMany              429
     │       └── ChatQueueFull    429
     ├── Unavailable              a part is away; trying again later helps
+    │   ├── NotKnownYet          503  on its way from another host, perhaps
     │   ├── StoreUnavailable     503  PostgreSQL
     │   ├── LogUnavailable       503  Redis
     │   └── JournalUnavailable   503  the local disk
@@ -183,6 +184,14 @@ class Unavailable(HeadwaterError):
     status = 503
     title = "A part of the system is away"
     retryable = True
+
+
+class NotKnownYet(Unavailable):
+    """Nobody here knows the id, but what it names may have been accepted elsewhere a moment ago and be on its way.
+    Ask again in a moment; what does not exist is `not_found` a minute after its id was made."""
+
+    code = "not_known_yet"
+    title = "Not known here yet"
 
 
 class StoreUnavailable(Unavailable):

@@ -2,7 +2,8 @@
 
 The store is the master, the journal is ahead of it by what is not synced yet, and the log knows of
 a run what happened a moment ago. While PostgreSQL is away, what the journal has is shown and the
-answer says so by `degraded`; what only PostgreSQL could know raises StoreUnavailable.
+answer says so by `degraded`; what only PostgreSQL could know raises StoreUnavailable. What none of
+them knows is NotFound, or NotKnownYet while another host may have taken it: absence.py.
 """
 
 from __future__ import annotations
@@ -13,8 +14,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from headwater.absence import Absence
 from headwater.access import Caller, may
-from headwater.errors import HeadwaterError, LogUnavailable, NotFound, StoreUnavailable, Unavailable, reason
+from headwater.errors import (
+    HeadwaterError,
+    LogUnavailable,
+    NotFound,
+    NotKnownYet,
+    StoreUnavailable,
+    Unavailable,
+    reason,
+)
 from headwater.ids import is_id
 from headwater.journal import Journal
 from headwater.messages import Chat, Message
@@ -29,6 +39,8 @@ logger = logging.getLogger(__name__)
 LOG_WAIT: Final = 0.5
 #: Seconds for the log to say who owns a run that nobody else knows of.
 PATIENCE: Final = 2.0
+#: Seconds between two looks for a run that nobody knows yet.
+LOOK_AGAIN: Final = 0.2
 #: Seconds to learn who owns runs of which the log says nothing, for all of one request together.
 OWNERS_WAIT: Final = 1.5
 
@@ -57,8 +69,9 @@ class ChatView:
 class Reading:
     """Look-ups for callers. Every one checks the owner; what belongs to somebody else is NotFound."""
 
-    def __init__(self, store: Store, journal: Journal, log: StreamLog) -> None:
+    def __init__(self, store: Store, journal: Journal, log: StreamLog, absence: Absence) -> None:
         self._store = store
+        self._absence = absence
         self._log = log
         self._overlay = Overlay(store, journal)
 
@@ -106,7 +119,8 @@ class Reading:
         if chat is not None:
             merged.add(chat)
         if chat_id not in merged.chats:
-            raise NotFound("There is no such chat.")
+            async with self._absence.doubted(chat_id):
+                raise NotFound("There is no such chat.")
         may(caller, merged.chats[chat_id].owner_id)
         return ChatView(merged.chats[chat_id], merged.in_order())
 
@@ -121,18 +135,33 @@ class Reading:
     # --- runs ------------------------------------------------------------------------------------
 
     async def owner_of(self, run_id: str) -> str:
-        """Who owns a run, from the nearest place that knows. Raises NotFound, or Unavailable when nobody can tell."""
+        """Who owns a run, from the nearest place that knows. Raises NotFound, or Unavailable when nobody can tell.
+
+        What may be on its way from another host is waited for a little: most often it is there at once, and an
+        EventSource that is refused does not come back.
+        """
         _check_id(run_id)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + PATIENCE
+        while True:
+            try:
+                return await self._owner_of(run_id)
+            except NotKnownYet:
+                if loop.time() >= until:
+                    raise
+            await asyncio.sleep(LOOK_AGAIN)
+
+    async def _owner_of(self, run_id: str) -> str:
         meta, silence = await self._meta(run_id)
         if meta is None:
             run = await self._overlay.run(run_id)
             if run is not None:
                 return run.owner_id
             if silence is not None:
-                # Busy rather than away, perhaps. An EventSource that is refused does not come back, so it may wait.
+                # Busy rather than away, perhaps.
                 meta, silence = await self._meta(run_id, PATIENCE)
         if meta is None:
-            raise silence or NotFound("There is no such run.")
+            raise silence or self._absence.of(run_id, "run")
         return meta.owner_id
 
     async def may_read(self, caller: Caller, run_id: str) -> None:
@@ -161,11 +190,11 @@ class Reading:
             return error
         except TimeoutError:
             return StoreUnavailable("PostgreSQL did not answer in time.")
-        if meta is None and run is None and silence is not None:
-            return silence
-        owner_id = meta.owner_id if meta is not None else run.owner_id if run is not None else ""
+        known = meta or run
+        if known is None:
+            return silence or self._absence.of(run_id, "run")
         try:
-            may(caller, owner_id)
+            may(caller, known.owner_id)
         except NotFound:
             return NotFound("There is no such run.")
         return None
@@ -183,7 +212,7 @@ class Reading:
         if run is None and meta is not None:
             run = _of_meta(meta)
         if run is None:
-            raise silence or NotFound("There is no such run.")
+            raise silence or self._absence.of(run_id, "run")
         may(caller, run.owner_id)
         return live(run, meta)
 
@@ -194,7 +223,8 @@ class Reading:
         try:
             # Whoever owns the chat owns its runs; the chat itself may be on its way still.
             if chat_id not in ahead.chats:
-                await self._store.chats.get(caller.owner_id, chat_id)
+                async with self._absence.doubted(chat_id):
+                    await self._store.chats.get(caller.owner_id, chat_id)
             rows = await self._store.runs.active_in(chat_id)
         except StoreUnavailable:
             ahead, rows = await self._overlay.kept(chat_id), []

@@ -153,7 +153,7 @@ class Person:
                 return answered
             if response.status == 507:
                 world.no_room(began, f"POST {path}", said)
-            elif response.status not in world.later | {409}:
+            elif response.status not in LATER | {409}:
                 world.complain(f"POST {path}", response.status, said)
                 if response.status < 500:
                     return None

@@ -43,8 +43,6 @@ class World:
     history: History
     #: Seconds of silence after which a reader takes a connection for dead.
     patience: float
-    #: Statuses of a request that is repeated until it is taken.
-    later: frozenset[int]
     #: Seconds after which some readers come for the first time: the log has expired by then.
     late: float
     clock: Clock = field(default_factory=SystemClock)

@@ -28,7 +28,7 @@ from chaos.faults import FAULTS
 from chaos.history import History
 from chaos.nemesis import Blow, Nemesis
 from chaos.people import Person
-from chaos.readers import LATER, Refusal, World
+from chaos.readers import Refusal, World
 from chaos.report import Outcome, Plan, summary
 from headwater.clock import SystemClock
 
@@ -47,10 +47,7 @@ async def play(plan: Plan) -> Outcome:
         Cluster.running(hosts=plan.hosts, settings=settings) as cluster,
         aiohttp.ClientSession(connector=_connector()) as http,
     ):
-        # A host may not know a chat that another one took while PostgreSQL was away, until it is carried over:
-        # docs/decisions/0004. All the same somebody must take the message in the end.
-        later = LATER if plan.hosts == 1 else LATER | {404}
-        world = World(cluster.endpoints, http, history, patience=HEARTBEAT * 3, later=later, late=plan.ttl + 2)
+        world = World(cluster.endpoints, http, history, patience=HEARTBEAT * 3, late=plan.ttl + 2)
         faults = [name for name in plan.faults or FAULTS if name not in cluster.missing]
         people = [asyncio.create_task(Person(world, n, plan.seed).live()) for n in range(1, plan.clients + 1)]
         nemesis = Nemesis(cluster, plan.seed, at_once=plan.at_once, faults=faults, gap=plan.gap)

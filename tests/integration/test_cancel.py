@@ -18,6 +18,7 @@ from headwater.messages import MessageStatus
 from headwater.runs import RunState
 from support.house import ME, STRANGER, House, make_house
 from support.house import frozen as all_frozen
+from support.ids import alien_id
 from support.openai_server import OpenAIServer
 from support.own_postgres import OwnPostgres
 from support.own_redis import OwnRedis, frozen, own_redis
@@ -74,7 +75,7 @@ async def test_a_wish_made_while_nobody_knew_the_owner_is_the_owners_alone(own: 
             working = [house.begin(), house.begin()]
             await eventually(lambda: len(house.asked) == 2)
             await eventually(house.synced)
-            nobody = new_id()
+            nobody = alien_id()
             with frozen(own), postgres.frozen():
                 for caller, run_id in ((STRANGER, mine), (ME, mine), (STRANGER, theirs), (ME, queued), (ME, nobody)):
                     stopped = await asyncio.wait_for(house.intake.cancel(caller, run_id), 10)
@@ -105,7 +106,7 @@ async def test_a_wish_is_judged_by_redis_while_postgresql_is_still_away(own: Own
             working = house.begin()
             await eventually(lambda: house.asked)
             await eventually(house.synced)
-            nobody = new_id()
+            nobody = alien_id()
             with postgres.frozen():
                 with frozen(own):
                     for run_id in (nobody, accepted.task_id):

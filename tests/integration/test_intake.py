@@ -29,6 +29,7 @@ from headwater.messages import Chat, Message, MessageStatus, Role
 from headwater.records import Record
 from headwater.runs import Run, RunState
 from support.house import ME, STRANGER, House, frozen, make_house
+from support.ids import old_id
 from support.wait import eventually
 
 
@@ -137,7 +138,7 @@ async def test_an_answer_is_made_again_beside_the_first(house: House) -> None:
     with pytest.raises(InvalidInput):
         await house.intake.regenerate(ME, chat.id, str(first.user_message_id))
     with pytest.raises(NotFound):
-        await house.intake.regenerate(ME, chat.id, new_id())
+        await house.intake.regenerate(ME, chat.id, old_id())
 
 
 async def test_a_failed_answer_can_be_tried_again(house: House) -> None:
@@ -172,12 +173,12 @@ async def test_what_belongs_to_nobody_or_to_somebody_else_is_not_found(house: Ho
     await house.work()
     messages, runs = rows(database_url, "messages"), rows(database_url, "runs")
     for caller, chat_id, parent_id in [
-        (ME, new_id(), None),
+        (ME, old_id(), None),
         (ME, "no-id", None),
         (STRANGER, chat.id, None),
         (STRANGER, other.id, elsewhere.message_id),
         (ME, chat.id, elsewhere.message_id),
-        (ME, chat.id, new_id()),
+        (ME, chat.id, old_id()),
         (ME, chat.id, "no-id"),
     ]:
         with pytest.raises(NotFound):
@@ -187,15 +188,15 @@ async def test_what_belongs_to_nobody_or_to_somebody_else_is_not_found(house: Ho
         house.intake.regenerate(ME, chat.id, elsewhere.message_id),
         house.intake.rename_chat(STRANGER, chat.id, "Mine now"),
         house.intake.delete_chat(STRANGER, chat.id),
-        house.intake.delete_chat(ME, new_id()),
+        house.intake.delete_chat(ME, old_id()),
         house.intake.cancel(STRANGER, elsewhere.task_id),
-        house.intake.cancel(ME, new_id()),
+        house.intake.cancel(ME, old_id()),
         house.intake.cancel(ME, "no-id"),
         house.reading.get_chat(STRANGER, chat.id),
         house.reading.run_view(STRANGER, elsewhere.task_id),
         house.reading.may_read(STRANGER, elsewhere.task_id),
         house.reading.active_task(STRANGER, other.id),
-        house.reading.owner_of(new_id()),
+        house.reading.owner_of(old_id()),
     ):
         with pytest.raises(NotFound):
             await verb

@@ -17,6 +17,7 @@ from headwater.runs import Run
 from headwater.streams.base import Meta
 from headwater.streams.memory import MemoryStreamLog
 from support.house import frozen, make_house
+from support.ids import old_id
 
 ME = Caller("local")
 STRANGER = Caller("somebody")
@@ -55,10 +56,10 @@ async def test_a_busy_log_is_not_taken_for_one_that_does_not_know_the_run(
         slow, stuck = SlowLog(late=1), SlowLog(late=9)
         for log in (slow, stuck):
             assert await log.claim(run, "worker")
-        await Reading(house.store, house.journal, slow).may_read(ME, run.id)
+        await Reading(house.store, house.journal, slow, house.absence).may_read(ME, run.id)
         with pytest.raises(NotFound):
-            await Reading(house.store, house.journal, slow).may_read(ME, new_id())
-        reading = Reading(house.store, house.journal, stuck)
+            await Reading(house.store, house.journal, slow, house.absence).may_read(ME, old_id())
+        reading = Reading(house.store, house.journal, stuck, house.absence)
         with pytest.raises(LogUnavailable):
             await reading.may_read(ME, run.id)
         with pytest.raises(LogUnavailable):
@@ -73,7 +74,7 @@ async def test_a_run_that_only_postgresql_could_know_does_not_hide_the_others(
     async with make_house(redis_url, database_url, tmp_path, db_wait=0.3) as house:
         chat = await house.intake.create_chat(ME)
         run_id = (await house.intake.send(ME, chat.id, "hello")).task_id
-        untold = new_id()
+        untold = old_id()
         assert {
             key: type(error) for key, error in (await house.reading.may_read_each(ME, [run_id, untold])).items()
         } == {untold: NotFound}
@@ -94,7 +95,7 @@ async def test_a_log_that_does_not_answer_is_asked_once_for_all_runs(
             chat = await house.intake.create_chat(ME)
             runs.append((await house.intake.send(ME, chat.id, "hello")).task_id)
         log = StuckLog()
-        reading = Reading(house.store, house.journal, log)
+        reading = Reading(house.store, house.journal, log, house.absence)
         assert await reading.may_read_each(ME, runs) == {}
         assert list(await reading.may_read_each(STRANGER, runs)) == runs
         assert log.asked == 2

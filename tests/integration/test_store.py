@@ -12,6 +12,7 @@ import psycopg
 import pytest
 import pytest_asyncio
 
+from headwater.clock import SystemClock
 from headwater.dev.services import Postgres
 from headwater.errors import BadCursor, NotFound, RecordRefused, StoreUnavailable
 from headwater.ids import new_id
@@ -39,7 +40,7 @@ def a_run(chat: Chat | None = None, at: int = AT, **more: Any) -> Run:
 
 
 def make_store(url: str, *, pool_size: int = 3, wait: float = 5.0) -> Store:
-    return Store(url, pool_size=pool_size, wait=wait)
+    return Store(url, pool_size=pool_size, wait=wait, clock=SystemClock())
 
 
 async def put(store: Store, *things: Chat | Message | Run) -> None:
@@ -750,8 +751,8 @@ async def test_a_server_that_was_never_there_is_away() -> None:
 
 
 async def test_a_ping_says_whether_postgresql_answers(database_url: str) -> None:
-    here = Store(database_url, pool_size=1, wait=5)
-    away = Store("postgresql://postgres@/x?host=/nowhere", pool_size=1, wait=1)
+    here = Store(database_url, pool_size=1, wait=5, clock=SystemClock())
+    away = Store("postgresql://postgres@/x?host=/nowhere", pool_size=1, wait=1, clock=SystemClock())
     try:
         await here.ping()
         with pytest.raises(StoreUnavailable):

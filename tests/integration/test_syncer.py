@@ -39,7 +39,7 @@ class Recorder(Store):
     """The real store, which also notes what it was asked to apply."""
 
     def __init__(self, url: str) -> None:
-        super().__init__(url, pool_size=3, wait=1.0)
+        super().__init__(url, pool_size=3, wait=1.0, clock=SystemClock())
         self.batches: list[list[str]] = []
 
     async def apply(self, records: Sequence[Record]) -> None:

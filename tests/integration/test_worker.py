@@ -21,6 +21,7 @@ import redis.asyncio
 from celery import Celery
 
 from headwater import streams
+from headwater.clock import SystemClock
 from headwater.dev.services import free_port
 from headwater.events import Event, EventType
 from headwater.ids import new_id
@@ -124,7 +125,7 @@ class Client:
 async def client_of(stack: Stack) -> AsyncIterator[Client]:
     settings = Settings(redis_url=stack.redis_url)
     log = streams.connect(stack.redis_url)
-    store = Store(stack.database_url, pool_size=2, wait=5)
+    store = Store(stack.database_url, pool_size=2, wait=5, clock=SystemClock())
     celery = make_celery(settings)
     try:
         yield Client(log, store, celery)

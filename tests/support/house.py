@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from headwater import streams
+from headwater.absence import Absence
 from headwater.access import LOCAL_OWNER, Caller
 from headwater.clock import SystemClock
 from headwater.intake import Intake
@@ -49,6 +50,7 @@ class House:
     intake: Intake
     reading: Reading
     overlay: Overlay
+    absence: Absence
     replay: Replay
     #: Runs that were handed to the queue, in order.
     queue: list[Run]
@@ -110,7 +112,7 @@ async def make_house(
     """A running house. `intake_log`: another log for intake and reading than the worker's."""
     settings = Settings(_env_file=None, redis_url=redis_url, data_dir=folder, **changes)
     telemetry, clock = Telemetry(), SystemClock()
-    store = Store(database_url, pool_size=settings.db_pool_size, wait=settings.db_wait)
+    store = Store(database_url, pool_size=settings.db_pool_size, wait=settings.db_wait, clock=clock)
     journal = Journal(settings.journal_file, clock=clock, telemetry=telemetry)
     await journal.open()
     log = streams.connect(redis_url)
@@ -133,8 +135,10 @@ async def make_house(
         requeue=queue.append,
         history=replay.page,
     )
+    absence = Absence(store, clock)
     intake = Intake(
         store=store,
+        absence=absence,
         journal=journal,
         save=syncer.save,
         log=front,
@@ -155,8 +159,9 @@ async def make_house(
         log,
         runner,
         intake,
-        Reading(store, journal, front),
+        Reading(store, journal, front, absence),
         overlay,
+        absence,
         replay,
         queue,
         gate,

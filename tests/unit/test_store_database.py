@@ -7,11 +7,12 @@ import logging
 
 import pytest
 
+from headwater.clock import SystemClock
 from headwater.store.database import Database
 
 
 def test_a_connection_that_is_given_up_is_no_alarm(caplog: pytest.LogCaptureFixture) -> None:
-    Database("postgresql://127.0.0.1/x", pool_size=1, wait=1)
+    Database("postgresql://127.0.0.1/x", pool_size=1, wait=1, clock=SystemClock())
     # What SQLAlchemy's pool says when a roll-back on a frozen server is cancelled by the time limit.
     pool = logging.getLogger("sqlalchemy.pool.impl.AsyncAdaptedQueuePool")
     pool.error("Exception during reset or similar", exc_info=asyncio.CancelledError())

@@ -11,6 +11,7 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any, Final
 
+from headwater.absence import Absence
 from headwater.api.health import Checkup
 from headwater.api.probes import Probes
 from headwater.clock import Clock
@@ -59,8 +60,10 @@ async def assemble(settings: Settings, telemetry: Telemetry) -> AsyncIterator[Gr
     async with AsyncExitStack() as stack:
         core = await open_core(settings, telemetry, make_celery(settings), stack)
         hub = Hub(core.log, history=core.replay, telemetry=telemetry, heartbeat=settings.heartbeat, clock=core.clock)
+        absence = Absence(core.store, core.clock)
         intake = Intake(
             store=core.store,
+            absence=absence,
             journal=core.journal,
             save=core.syncer.save,
             log=core.log,
@@ -72,7 +75,7 @@ async def assemble(settings: Settings, telemetry: Telemetry) -> AsyncIterator[Gr
             settings=settings,
             away=lambda: core.syncer.away,
         )
-        reading = Reading(core.store, core.journal, core.log)
+        reading = Reading(core.store, core.journal, core.log, absence)
         probes = Probes(settings, core.log, core.store, core.journal, core.syncer)
         stack.push_async_callback(probes.close)
         checkup = Checkup(probes.all(), vital=VITAL, telemetry=telemetry)

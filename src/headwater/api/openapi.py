@@ -26,7 +26,7 @@ _PROBLEMS: Final = {
     422: "The input is not valid; `errors` names each field.",
     429: "Too many at once.",
     500: "Something went wrong on our side.",
-    503: "A part of the system is away; try again.",
+    503: "A part of the system is away, or what is named is not known here yet; try again.",
     507: "There is no room to keep the message.",
 }
 _ALWAYS: Final = (400, 401, 403, 500)

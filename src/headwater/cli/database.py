@@ -155,7 +155,7 @@ def _sync(settings: Settings, *, retry: bool) -> None:
         from headwater.telemetry import Telemetry
 
         telemetry = Telemetry()
-        store = Store(url, pool_size=1, wait=10.0)
+        store = Store(url, pool_size=1, wait=10.0, clock=SystemClock())
         try:
             async with _Opened(settings) as opened:
                 syncer = Syncer(opened, store, telemetry=telemetry, clock=SystemClock())

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from headwater.absence import Absence
 from headwater.access import Caller
 from headwater.clock import Clock
 from headwater.intake.chats import ChatVerbs
@@ -42,13 +43,14 @@ class Intake:
 
     `save` is the syncer's, `settle` the runner's; `away` tells whether PostgreSQL did not answer
     somebody else just now. Every verb checks the owner and raises NotFound for what belongs to
-    somebody else.
+    somebody else, NotKnownYet for what another host may have taken.
     """
 
     def __init__(
         self,
         *,
         store: Store,
+        absence: Absence,
         journal: Journal,
         save: Save,
         log: StreamLog,
@@ -61,7 +63,9 @@ class Intake:
         away: Callable[[], bool] = lambda: False,
     ) -> None:
         overlay = Overlay(store, journal)
-        parts = Parts(store, journal, overlay, save, log, enqueue, settle, pipelines, clock, telemetry, settings, away)
+        parts = Parts(
+            store, journal, overlay, absence, save, log, enqueue, settle, pipelines, clock, telemetry, settings, away
+        )
         locks = Locks()
         #: To be started beside it: keeps the cancels that were promised.
         self.stops = Stops(parts)

@@ -52,7 +52,8 @@ class ChatVerbs:
         name = checks.checked_title(title)
         await self._parts.overlay.carry_over(chat_id)
         now = self._parts.clock.now_ms()
-        chat = await self._parts.store.chats.rename(caller.owner_id, chat_id, name, now)
+        async with self._parts.absence.doubted(chat_id):
+            chat = await self._parts.store.chats.rename(caller.owner_id, chat_id, name, now)
         # It is in PostgreSQL already; the journal shows it while PostgreSQL is away.
         await self._parts.save([Record.of(chat)], wait=0)
         return chat
@@ -64,7 +65,8 @@ class ChatVerbs:
         async with self._locks.of(chat_id):
             await parts.overlay.carry_over(chat_id)
             # Whose it is, and that PostgreSQL is there, before anything is stopped.
-            await parts.store.chats.get(caller.owner_id, chat_id)
+            async with parts.absence.doubted(chat_id):
+                await parts.store.chats.get(caller.owner_id, chat_id)
             await self._stop(caller, chat_id)
             said = await parts.store.chats.messages(caller.owner_id, chat_id)
             await parts.store.chats.delete(caller.owner_id, chat_id, parts.clock.now_ms())

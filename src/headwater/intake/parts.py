@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 from weakref import WeakValueDictionary
 
+from headwater.absence import Absence
 from headwater.clock import Clock
 from headwater.events import Event
 from headwater.journal import Alone, Journal, Key
@@ -60,6 +61,7 @@ class Parts:
     store: Store
     journal: Journal
     overlay: Overlay
+    absence: Absence
     save: Save
     log: StreamLog
     enqueue: Enqueue

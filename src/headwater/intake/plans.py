@@ -104,7 +104,7 @@ class Planner:
         """What taking `ask` writes, among all messages of the chat or, not `complete`, those at hand.
 
         `behind`: the runs of the chat that have not ended, which the new one waits for.
-        Raises InvalidInput, NotFound, StoreUnavailable; writes nothing.
+        Raises InvalidInput, NotFound, NotKnownYet, StoreUnavailable; writes nothing.
         """
         newest = in_order(messages.values())[-1:]
         # Later than what it follows, also when the clock went back: the order of a chat is the order of its times.
@@ -115,9 +115,9 @@ class Planner:
         title = chat.title or (title_of(ask.content) if ask.content is not None else None)
         rows: list[Chat | Message] = [replace(chat, title=title, updated_at=at, version=chat.version + 1)]
         if ask.content is None:
-            parent_id = _regenerated(ask, messages, complete)
+            parent_id = await self._regenerated(ask, messages, complete)
         else:
-            above = _parent(ask, messages, newest, complete)
+            above = await self._parent(ask, messages, newest, complete)
             parent_id = first_id
             rows.append(Message(first_id, chat.id, owner_id, Role.USER, ask.content, at, parent_id=above))
         asked = {**messages, **{row.id: row for row in rows if isinstance(row, Message)}}
@@ -140,6 +140,39 @@ class Planner:
         records = [Record.of(row) for row in (*rows, answer, run)]
         accepted = Accepted(run.id, answer_id, None if ask.content is None else first_id, chat.id)
         return Plan(accepted, run, records, behind if ask.when_busy is WhenBusy.INTERRUPT else ())
+
+    async def _parent(
+        self, ask: Ask, messages: Mapping[str, Message], newest: list[Message], complete: bool
+    ) -> str | None:
+        """The message that a new one follows."""
+        if isinstance(ask.target, checks.Unset):
+            return newest[0].id if newest else None
+        if ask.target is not None:
+            await self._must_know(ask.target, messages, complete)
+        return ask.target
+
+    async def _regenerated(self, ask: Ask, messages: Mapping[str, Message], complete: bool) -> str | None:
+        """The parent of the answer that is made again."""
+        target = await self._must_know(str(ask.target), messages, complete)
+        if target.role is not Role.ASSISTANT:
+            raise InvalidInput(
+                "Only an answer can be made again. To change a question, send another with its parent_id."
+            )
+        if target.parent_id is not None and target.parent_id not in messages:
+            # The answer may be at hand, or even stored, and its question not: another host's journal has it.
+            raise StoreUnavailable("The question of this answer is not stored yet. Try again in a moment.")
+        return target.parent_id
+
+    async def _must_know(self, message_id: str, messages: Mapping[str, Message], complete: bool) -> Message:
+        message = messages.get(message_id)
+        if message is not None:
+            return message
+        if not complete:
+            raise StoreUnavailable("The database is away and this message is not at hand. Try again in a moment.")
+        what, parts = "message in this chat", self._parts
+        if await parts.overlay.message(message_id) is None:
+            raise parts.absence.of(message_id, what)
+        raise NotFound(f"There is no such {what}.")
 
     async def _input(self, said: list[Message], parent_id: str | None, behind: Sequence[str]) -> dict[str, Any]:
         turns = []
@@ -171,32 +204,3 @@ class Planner:
         except (LogUnavailable, TimeoutError) as error:
             logger.warning("an earlier answer is left out of what the model sees: %s", reason(error))
         return transcript.content
-
-
-def _parent(ask: Ask, messages: Mapping[str, Message], newest: list[Message], complete: bool) -> str | None:
-    """The message that a new one follows."""
-    if isinstance(ask.target, checks.Unset):
-        return newest[0].id if newest else None
-    if ask.target is not None:
-        _must_know(ask.target, messages, complete)
-    return ask.target
-
-
-def _regenerated(ask: Ask, messages: Mapping[str, Message], complete: bool) -> str | None:
-    """The parent of the answer that is made again."""
-    target = _must_know(str(ask.target), messages, complete)
-    if target.role is not Role.ASSISTANT:
-        raise InvalidInput("Only an answer can be made again. To change a question, send another with its parent_id.")
-    if target.parent_id is not None and target.parent_id not in messages:
-        # The answer may be at hand, or even stored, and its question not: another host's journal has it.
-        raise StoreUnavailable("The question of this answer is not stored yet. Try again in a moment.")
-    return target.parent_id
-
-
-def _must_know(message_id: str, messages: Mapping[str, Message], complete: bool) -> Message:
-    message = messages.get(message_id)
-    if message is None:
-        if not complete:
-            raise StoreUnavailable("The database is away and this message is not at hand. Try again in a moment.")
-        raise NotFound("There is no such message in this chat.")
-    return message

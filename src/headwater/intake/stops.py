@@ -9,8 +9,9 @@ there until the run has ended: Redis may be away, or come back without the flag,
 die. Every server process on this journal keeps it, which does no harm: a flag is set twice, a claim
 lets one in.
 
-When nobody can tell whose the run is, because Redis and PostgreSQL are both away, what is kept is a
-wish. It does nothing until the owner is known, and nothing at all when that is somebody else.
+When nobody can tell whose the run is, because Redis and PostgreSQL are both away or neither has yet
+what another host accepted, what is kept is a wish. It does nothing until the owner is known, and
+nothing at all when that is somebody else.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from headwater.access import Caller, may
-from headwater.errors import JournalUnavailable, LogUnavailable, NotFound, StoreUnavailable, Unavailable
+from headwater.errors import JournalUnavailable, LogUnavailable, NotKnownYet, StoreUnavailable, Unavailable
 from headwater.events import Event, EventType
 from headwater.ids import new_id
 from headwater.intake import checks
@@ -77,12 +78,12 @@ class Stops(Service):
         """Ask for a cancel; of a run that has ended, tell how.
 
         `cancelling` also when nobody can tell now whose the run is, or whether there is one: then the
-        wish is kept. Raises NotFound; JournalUnavailable when a promise or a wish cannot be kept.
+        wish is kept until somebody can. Raises NotFound; JournalUnavailable when a promise or a wish cannot be kept.
         """
         checks.checked_id(run_id, "run")
         try:
             status, flagged = await self._ask(caller, run_id)
-        except StoreUnavailable as error:
+        except (StoreUnavailable, NotKnownYet) as error:
             logger.warning("the cancel of run %s waits for somebody who knows its owner: %s", run_id, error)
             await self._parts.journal.note_wish(run_id, caller.owner_id)
             return Stopped(run_id, CANCELLING)
@@ -137,7 +138,7 @@ class Stops(Service):
     async def _owned(self, caller: Caller, run_id: str) -> Run:
         run = await self._parts.overlay.run(run_id)
         if run is None:
-            raise NotFound("There is no such run.")
+            raise self._parts.absence.of(run_id, "run")
         may(caller, run.owner_id)
         return run
 
@@ -249,7 +250,10 @@ class Stops(Service):
                     except StoreUnavailable:
                         away = True
                     else:
-                        owner = run.owner_id if run is not None else ""
+                        if run is not None:
+                            owner = run.owner_id
+                        elif not self._parts.absence.may_come(wish[0]):
+                            owner = ""
                 if owner is not None:
                     (granted if owner == wish[1] else refused).append(wish)
             if granted or refused:
@@ -265,8 +269,11 @@ class Stops(Service):
         except StoreUnavailable as error:
             logger.debug("run %s is left to the next worker to cancel: %s", run_id, error)
             return False
-        if run is None or run.state.terminal:
-            # Deleted with its chat, or ended before its log was lost.
+        if run is None:
+            # Deleted with its chat, unless another host is about to bring it.
+            return not self._parts.absence.may_come(run_id)
+        if run.state.terminal:
+            # It ended before its log was lost.
             return True
         if meta is None and run.state is not RunState.QUEUED and not self._given_up(run_id):
             return False

@@ -137,7 +137,7 @@ class Turns:
         await parts.overlay.carry_over(ask.chat_id)
         outcome: Plan | Accepted | None = None
         try:
-            async with parts.store.turn(ask.caller.owner_id, ask.chat_id) as turn:
+            async with parts.absence.doubted(ask.chat_id), parts.store.turn(ask.caller.owner_id, ask.chat_id) as turn:
                 outcome = await self._turn(ask, turn, alone)
                 if isinstance(outcome, Plan):
                     await turn.apply(outcome.records)

@@ -9,6 +9,7 @@ from typing import Any, Final
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from headwater.clock import Clock
 from headwater.records import Record
 from headwater.store.apply import apply
 from headwater.store.chats import Chats, Turn, turn
@@ -24,14 +25,20 @@ class Store:
     """PostgreSQL, for one event loop.
 
     `url` is a libpq URL, `pool_size` the most connections at once, `wait` the seconds any call may
-    take. Every call raises StoreUnavailable when PostgreSQL does not answer within that time.
-    Making a Store connects to nothing; making it in the process that uses it keeps forks safe.
+    take, `clock` what `lost_at` is read from. Every call raises StoreUnavailable when PostgreSQL does
+    not answer within that time. Making a Store connects to nothing; making it in the process that uses
+    it keeps forks safe.
     """
 
-    def __init__(self, url: str, *, pool_size: int, wait: float) -> None:
-        self._database = Database(url, pool_size=pool_size, wait=wait)
+    def __init__(self, url: str, *, pool_size: int, wait: float, clock: Clock) -> None:
+        self._database = Database(url, pool_size=pool_size, wait=wait, clock=clock)
         self.chats = Chats(self._database)
         self.runs = Runs(self._database)
+
+    @property
+    def lost_at(self) -> float | None:
+        """When PostgreSQL was last found away, by the clock's `monotonic`; None when it never was."""
+        return self._database.lost_at
 
     async def ping(self) -> None:
         """Whether PostgreSQL answers."""

@@ -67,6 +67,11 @@ class Chats:
             raise _not_found()
         return _chat(rows[0])
 
+    async def exists(self, chat_id: str) -> bool:
+        """Whether there is or was such a chat, whoever owns it: one that was deleted left its tombstone."""
+        statement = select(chats.c.id).where(chats.c.id == chat_id)
+        return bool(await self._database.run(lambda connection: _all(connection, statement)))
+
     async def rename(self, owner_id: str, chat_id: str, title: str, at: int) -> Chat:
         """Give a chat a title, which from then on no record replaces. `at` in Unix ms. Raises NotFound."""
         if not is_id(chat_id):

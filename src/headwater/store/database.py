@@ -23,6 +23,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
+from headwater.clock import Clock
 from headwater.errors import RecordRefused, SettingsError, StoreUnavailable
 
 T = TypeVar("T")
@@ -89,8 +90,11 @@ class _Connection(psycopg.AsyncConnection[Any]):
 class Database:
     """A pool of connections and transactions with a time limit. One event loop uses it."""
 
-    def __init__(self, url: str, *, pool_size: int, wait: float) -> None:
+    def __init__(self, url: str, *, pool_size: int, wait: float, clock: Clock) -> None:
         self.wait = wait
+        #: When it was last found away, by the clock's `monotonic`.
+        self.lost_at: float | None = None
+        self._clock = clock
         target = parse_url(url)
         options = engine_options(target, wait)
         options["connect_args"]["async_creator_fn"] = _Connection.connect
@@ -104,7 +108,7 @@ class Database:
 
     async def run(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """One transaction, all of it within the time limit. Raises StoreUnavailable or RecordRefused."""
-        with explained():
+        with self._explained():
             async with asyncio.timeout(self.wait), self.open() as connection:
                 return await work(connection)
 
@@ -128,9 +132,18 @@ class Database:
 
     async def limited(self, call: Awaitable[T]) -> T:
         """One call within the time limit. Raises StoreUnavailable or RecordRefused."""
-        with explained():
+        with self._explained():
             async with asyncio.timeout(self.wait):
                 return await call
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            with explained():
+                yield
+        except StoreUnavailable:
+            self.lost_at = self._clock.monotonic()
+            raise
 
     async def _connect(self) -> AsyncConnection:
         """A connection from the pool that was not closed behind our back."""
