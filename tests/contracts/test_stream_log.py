@@ -111,6 +111,16 @@ class TestAppend:
         assert meta is not None
         assert meta.lease_left > 1_000
 
+    async def test_each_one_counts_at_once_for_whoever_asks(self, world: World) -> None:
+        run = new_run()
+        lease = await world.written(run, 2)
+        for seq in (3, 4):
+            await world.log.append(lease, numbered(seq, seq))
+            asked, cancelled = await world.log.meta(run.id), await world.log.cancel(run.id)
+            assert asked is not None
+            assert cancelled is not None
+            assert (asked.count, cancelled.count) == (seq, seq)
+
     async def test_repeated_it_counts_once(self, world: World) -> None:
         run = new_run()
         lease = await world.written(run, 3)

@@ -116,6 +116,95 @@ class TestKeys:
             await asyncio.to_thread(nowhere.read, run.id)
 
 
+class TestOrdinaryAppends:
+    """Those that need not extend the lease: `chunk_count` and the times may lag behind them."""
+
+    @pytest.fixture
+    async def log(self, world: RedisWorld) -> StreamLog:
+        """One that need not extend a lease for minutes."""
+        log = world.another(lease_seconds=3600)
+        # The first of a process is no ordinary one.
+        await log.append(await log.claim(new_run(), "worker"), numbered(1, 1))
+        return log
+
+    async def test_lease_and_fields_are_left_for_the_next_renewal(self, world: RedisWorld, log: StreamLog) -> None:
+        run = new_run()
+        metadata = f"stream:{{{run.id}}}:metadata"
+        lease = await log.claim(run, "worker")
+        await world.raw.hset(metadata, "lease_until", 1)
+        assert (await log.append(lease, numbered(1, 2))).count == 2
+        assert (await log.append(lease, numbered(3, 5))).count == 5
+        assert await world.raw.hmget(metadata, "lease_until", "chunk_count") == ["1", "2"]
+        await log.renew([lease])
+        until, count = await world.raw.hmget(metadata, "lease_until", "chunk_count")
+        assert (int(until) > 1, count) == (True, "5")
+
+    async def test_after_a_tenth_of_the_lease_one_extends_it(self, world: RedisWorld) -> None:
+        log, run = world.another(lease_seconds=1), new_run()
+        metadata = f"stream:{{{run.id}}}:metadata"
+        lease = await log.claim(run, "worker")
+        await log.append(lease, numbered(1, 1))
+        await world.raw.hset(metadata, "lease_until", 1)
+        seq = 1
+
+        async def extended() -> bool:
+            nonlocal seq
+            seq += 1
+            assert (await log.append(lease, numbered(seq, seq))).count == seq
+            return int(await world.raw.hget(metadata, "lease_until")) > 1
+
+        await eventually(extended)
+        assert await world.raw.hget(metadata, "chunk_count") == str(seq)
+
+    async def test_the_first_event_makes_a_list_that_expires_with_its_hash(
+        self, world: RedisWorld, log: StreamLog
+    ) -> None:
+        run = new_run()
+        name = f"stream:{{{run.id}}}"
+        lease = await log.claim(run, "worker")
+        await world.raw.expire(f"{name}:metadata", 5_000)
+        await log.append(lease, numbered(1, 1))
+        assert 4_900 < await world.raw.ttl(f"{name}:chunks") <= 5_000
+
+    async def test_an_heir_goes_on_behind_events_that_the_hash_does_not_count_yet(
+        self, world: RedisWorld, log: StreamLog
+    ) -> None:
+        run = new_run()
+        lease = await log.claim(run, "worker")
+        await log.append(lease, numbered(1, 2))
+        await log.append(lease, numbered(3, 5))
+        assert await world.raw.hget(f"stream:{{{run.id}}}:metadata", "chunk_count") == "2"
+        await log.release(lease)
+        heir = await log.claim(run, "heir")
+        assert (heir.length, heir.epoch) == (5, lease.epoch)
+        assert await world.events(run.id) == numbered(1, 5)
+
+    async def test_one_that_finds_no_list_leaves_none(self, world: RedisWorld, log: StreamLog) -> None:
+        run = new_run()
+        chunks = f"stream:{{{run.id}}}:chunks"
+        lease = await log.claim(run, "worker")
+        await log.append(lease, numbered(1, 3))
+        await world.raw.delete(chunks)
+        with pytest.raises(LogLost):
+            await log.append(lease, numbered(4, 5))
+        assert not await world.raw.exists(chunks)
+
+    async def test_what_does_not_belong_there_is_never_published(self, world: RedisWorld, log: StreamLog) -> None:
+        run = new_run()
+        lease = await log.claim(run, "worker")
+        await log.append(lease, numbered(1, 3))
+        async with world.raw.pubsub() as listener:
+            await listener.subscribe(f"stream:{{{run.id}}}")
+            await listener.get_message(timeout=5)
+            await log.append(lease, numbered(2, 3))
+            with pytest.raises(LogLost):
+                await log.append(lease, numbered(5, 5))
+            await log.append(lease, numbered(4, 4))
+            message = await listener.get_message(timeout=5)
+        assert message["data"] == f"{lease.epoch} 4\n{numbered(4, 4)[0].encode().decode()}"
+        assert await world.events(run.id) == numbered(1, 4)
+
+
 class TestLosses:
     async def test_events_that_vanished_begin_a_new_epoch_at_the_next_claim(self, world: RedisWorld) -> None:
         run = new_run()

@@ -131,8 +131,9 @@ class StreamLog(ABC):
 
     @abstractmethod
     async def append(self, lease: Lease, events: Sequence[Event]) -> Appended:
-        """Write stamped events of consecutive seqs, publish them and extend lease and TTL, in one atomic step.
+        """Write stamped events of consecutive seqs and publish them, in one atomic step that extends the lease.
 
+        It may leave the lease as it is when it was extended less than a tenth of its length ago.
         A terminal event closes the log and gives up the lease; it can only be the last one.
         Repeating an append writes what is missing of it: nothing when it was written already.
         Raises Fenced, LogClosed, LogLost.

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import hiredis
 import orjson
@@ -22,10 +22,11 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError
 
-from headwater.errors import Fenced, LeaseHeld, LogClosed, LogLost, LogUnavailable, reason
+from headwater.errors import LeaseHeld, LogClosed, LogUnavailable
 from headwater.events import Event
 from headwater.runs import Lease, Run, RunState
 from headwater.streams import keys, packing
+from headwater.streams.answers import appended, meta_of, unavailable
 from headwater.streams.base import (
     ENDS,
     LIVE_TTL,
@@ -54,6 +55,8 @@ RETRIES: Final = 2
 CONNECTIONS: Final = 32
 #: Bytes of an append above which it travels alone, so that nobody waits for it.
 LARGE: Final = 65_536
+#: Events of an append above which it is none of the ordinary ones.
+MANY: Final = 1000
 #: Logs packed at one look for who is due, so that the look stays short; the others come a moment later.
 PACKS: Final = 50
 PACK_PAUSE_MS: Final = 1000
@@ -88,6 +91,9 @@ class RedisStreamLog(StreamLog):
         # Any: redis-py leaves `execute_command`, which all here goes through, without types.
         self._redis: Any = Redis.from_pool(pool)
         self._pipe = Pipe(url, connect=CONNECT_TIMEOUT, answer=ANSWER_TIMEOUT, call=CALL_TIMEOUT)
+        #: Runs whose lease a claim or an append extended in this tenth of a lease, and the loop time at which it ends.
+        self._extended: set[str] = set()
+        self._tenth_ends = 0.0
 
     # --- the writer -----------------------------------------------------------------------------
 
@@ -109,24 +115,15 @@ class RedisStreamLog(StreamLog):
         if reply[0] == b"held":
             raise LeaseHeld(f"Run {run.id} is held by {reply[1].decode()} for {reply[2]} ms more.", left=reply[2])
         _, epoch, attempt, length, cancelled = reply
+        self._extended.add(run.id)
         return Lease(run.id, attempt, holder, epoch.decode(), length, bool(cancelled))
 
     async def append(self, lease: Lease, events: Sequence[Event]) -> Appended:
-        command = self._append_command(lease, events)
-        packed = hiredis.pack_command(command)
-        if len(packed) > LARGE:
-            (reply,) = await self._send(command)
-        else:
-            reply = await self._pipe.send(packed)
-            if isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT"):
-                # By the way that loads the scripts. An append names its place, so nothing overtakes it.
-                (reply,) = await self._send(command)
-            elif isinstance(reply, Exception):
-                unavailable(reply)
-        return _appended(lease, reply)
-
-    def _append_command(self, lease: Lease, events: Sequence[Event]) -> Command:
-        return self._scripts.append(
+        if self._is_ordinary(lease, events):
+            count = await self._say(self._append_command(lease, events))
+            if count is not None:
+                return Appended(count, cancelled=False)
+        extending = self._scripts.append(
             *_keys(lease.run_id),
             keys.channel(lease.run_id),
             *(lease.epoch, lease.attempt, lease.holder),
@@ -135,6 +132,39 @@ class RedisStreamLog(StreamLog):
             ENDS.get(events[-1].type, ""),
             *[event.encode() for event in events],
         )
+        answer = appended(lease, await self._say(extending))
+        self._extended.add(lease.run_id)
+        return answer
+
+    def _is_ordinary(self, lease: Lease, events: Sequence[Event]) -> bool:
+        now = asyncio.get_running_loop().time()
+        if now >= self._tenth_ends:
+            self._extended.clear()
+            self._tenth_ends = now + self._lease_ms / 10_000
+        return lease.run_id in self._extended and events[-1].type not in ENDS and len(events) <= MANY
+
+    def _append_command(self, lease: Lease, events: Sequence[Event]) -> Command:
+        """An ordinary append, as nearly all are. Its answer is nil when it turns out to be none."""
+        return self._scripts.push(
+            keys.metadata(lease.run_id),
+            keys.chunks(lease.run_id),
+            *(lease.epoch, lease.attempt, lease.holder),
+            events[0].seq,
+            *[event.encode() for event in events],
+        )
+
+    async def _say(self, command: Command) -> Any:
+        """Send an append: together with those of others, unless it is so large that they would wait for it."""
+        packed = hiredis.pack_command(command)
+        if len(packed) <= LARGE:
+            reply = await self._pipe.send(packed)
+            if not isinstance(reply, Exception):
+                return reply
+            if not (isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT")):
+                unavailable(reply)
+        # Also by this way, because it loads the scripts. An append names its place, so nothing overtakes it.
+        (reply,) = await self._send(command)
+        return reply
 
     async def restore(self, lease: Lease, run: Run, events: Sequence[Event]) -> Appended:
         restored = self._scripts.restore(
@@ -147,7 +177,7 @@ class RedisStreamLog(StreamLog):
             *[event.encode() for event in events],
         )
         _, reply = await self._send(self._schedule(run.id, self._lease_ms / 1000), restored)
-        return _appended(lease, reply)
+        return appended(lease, reply)
 
     async def renew(self, leases: Sequence[Lease]) -> list[Renewed]:
         replies = await self._send(
@@ -177,9 +207,9 @@ class RedisStreamLog(StreamLog):
         return [Run.from_json(orjson.loads(raw)) for raw in raws if raw]
 
     async def cancel(self, run_id: str) -> Meta | None:
-        (reply,) = await self._send(self._scripts.cancel(keys.metadata(run_id), *keys.META_FIELDS))
-        now, values = reply
-        return _meta(run_id, now, values)
+        asked = self._scripts.cancel(keys.metadata(run_id), keys.chunks(run_id), *keys.META_FIELDS)
+        ((now, values, length),) = await self._send(asked)
+        return meta_of(run_id, now, values, length)
 
     async def forget(self, run_id: str) -> None:
         await self._send(("DEL", *_keys(run_id), keys.behind(run_id)), ("ZREM", keys.DUE, run_id))
@@ -189,10 +219,13 @@ class RedisStreamLog(StreamLog):
     async def metas(self, run_ids: Sequence[str]) -> list[Meta | None]:
         if not run_ids:
             return []
-        asked = [("HMGET", keys.metadata(run_id), *keys.META_FIELDS) for run_id in run_ids]
+        asked = [command for run_id in run_ids for command in _meta_commands(run_id)]
         (seconds, micros), *replies = await self._send(("TIME",), *asked)
         now = int(seconds) * 1000 + int(micros) // 1000
-        return [_meta(run_id, now, values) for run_id, values in zip(run_ids, replies, strict=True)]
+        return [
+            meta_of(run_id, now, values, length)
+            for run_id, values, length in zip(run_ids, replies[::2], replies[1::2], strict=True)
+        ]
 
     async def read(self, run_id: str, after: int, limit: int) -> Page | None:
         asked = self._scripts.read(keys.metadata(run_id), keys.chunks(run_id), after, limit, PAGE_BYTES)
@@ -223,14 +256,13 @@ class RedisStreamLog(StreamLog):
         """Which of these are due; puts the others where they belong."""
         asked: list[Command] = []
         for run_id in run_ids:
-            asked.append(("HMGET", keys.metadata(run_id), *keys.META_FIELDS))
-            asked.append(("GET", keys.run(run_id)))
+            asked += [*_meta_commands(run_id), ("GET", keys.run(run_id))]
         replies = await self._send(*asked)
         found: list[Due] = []
         ended: list[Meta] = []
         corrections: list[Command] = []
-        for run_id, values, raw in zip(run_ids, replies[::2], replies[1::2], strict=True):
-            meta = _meta(run_id, now, values)
+        for run_id, values, length, raw in zip(run_ids, replies[::3], replies[1::3], replies[2::3], strict=True):
+            meta = meta_of(run_id, now, values, length)
             if meta is not None and meta.status.terminal:
                 ended.append(meta)
             elif meta is not None and meta.lease_left > 0:
@@ -353,45 +385,9 @@ def _keys(run_id: str) -> tuple[str, str, str]:
     return keys.metadata(run_id), keys.chunks(run_id), keys.run(run_id)
 
 
+def _meta_commands(run_id: str) -> tuple[Command, Command]:
+    return ("HMGET", keys.metadata(run_id), *keys.META_FIELDS), ("LLEN", keys.chunks(run_id))
+
+
 def _identity(run: Run) -> tuple[str, str, str, bytes]:
     return run.owner_id, run.kind, run.chat_id or "", orjson.dumps(run.to_json())
-
-
-def _appended(lease: Lease, reply: list[Any]) -> Appended:
-    match reply:
-        case [b"ok", count, cancelled]:
-            return Appended(count, bool(cancelled))
-        case [b"fenced"]:
-            raise Fenced(f"Run {lease.run_id}: attempt {lease.attempt} no longer holds it.")
-        case [b"closed"]:
-            raise LogClosed(f"Run {lease.run_id} has ended.")
-        case _:
-            raise LogLost(f"Run {lease.run_id}: Redis has no log, or a shorter one than was written. Restore it.")
-
-
-def _meta(run_id: str, now: int, values: Sequence[bytes | None]) -> Meta | None:
-    if values[0] is None:
-        return None
-    known = {
-        name: value.decode() if value is not None else "" for name, value in zip(keys.META_FIELDS, values, strict=True)
-    }
-    return Meta(
-        run_id=run_id,
-        epoch=known["epoch"],
-        status=RunState(known["status"]),
-        attempt=int(known["attempt"]),
-        owner_id=known["owner_id"],
-        kind=known["kind"],
-        chat_id=known["chat_id"] or None,
-        count=int(known["chunk_count"]),
-        cancelled=known["cancel"] == "1",
-        created_at=int(known["created_at"]),
-        updated_at=int(known["updated_at"]),
-        lease_left=max(0, int(known["lease_until"]) - now),
-    )
-
-
-def unavailable(error: Exception) -> NoReturn:
-    raise LogUnavailable(
-        f"Redis does not answer: {type(error).__name__}: {reason(error)}. Check REDIS_URL and `headwater doctor`."
-    ) from error

@@ -7,7 +7,7 @@
 --
 -- Returns `held`, `cancelled`, `fenced` or `lost`.
 
-local known = redis.call('HMGET', KEYS[1], 'epoch', 'attempt', 'holder', 'status', 'cancel')
+local known = redis.call('HMGET', KEYS[1], 'epoch', 'attempt', 'holder', 'status', 'cancel', 'chunk_count')
 local epoch, attempt, holder, status = known[1], tonumber(known[2]), known[3], known[4]
 local mine = tonumber(ARGV[2])
 
@@ -26,7 +26,9 @@ end
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-redis.call('HSET', KEYS[1], 'lease_until', now + ARGV[4])
+-- What was written since by ordinary appends. Never less: that is how a claim sees that the list lost events.
+local count = math.max(redis.call('LLEN', KEYS[2]), tonumber(known[6]) or 0)
+redis.call('HSET', KEYS[1], 'lease_until', now + ARGV[4], 'chunk_count', count)
 redis.call('EXPIRE', KEYS[1], ARGV[5])
 redis.call('EXPIRE', KEYS[2], ARGV[5])
 redis.call('EXPIRE', KEYS[3], ARGV[5])

@@ -12,7 +12,8 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from headwater.streams import keys
-from headwater.streams.redis import timeouts, unavailable
+from headwater.streams.answers import unavailable
+from headwater.streams.redis import timeouts
 from headwater.streams.scripts import Script
 
 
