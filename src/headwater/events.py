@@ -50,9 +50,12 @@ class EventType(StrEnum):
 
 
 TERMINAL: Final = frozenset({EventType.DONE, EventType.ERROR, EventType.CANCELLED})
+#: The same as they are written.
+ENDING: Final = frozenset(kind.value.encode() for kind in TERMINAL)
 
-#: How `encode` begins.
-_HEAD: Final = re.compile(rb'\{"seq":(\d{1,15}),"type":"([a-z_]+)","at":(\d{1,15})[,}]')
+#: How `encode` begins: seq, type and time.
+HEAD: Final = re.compile(rb'\{"seq":(\d{1,15}),"type":"([a-z_]+)","at":(\d{1,15})[,}]').match
+_END: Final = ord("}")
 _TYPES: Final = {kind.value.encode(): kind for kind in EventType}
 
 
@@ -111,9 +114,11 @@ class Event:
     @classmethod
     def decode(cls, raw: bytes) -> Self:
         """Read what `encode` wrote. Raises ValueError when it is anything else."""
-        head = _HEAD.match(raw)
-        if head is not None and raw.endswith(b"}") and (kind := _TYPES.get(head[2])) is not None:
-            return cls(kind, None, int(head[1]), int(head[3]), raw)
+        known = HEAD(raw)
+        if known is not None and raw[-1] == _END:
+            seq, name, at = known.groups()
+            if (kind := _TYPES.get(name)) is not None:
+                return cls(kind, None, int(seq), int(at), raw)
         try:
             # Not by our hand: the same object with its members in another order, say.
             data = orjson.loads(raw)

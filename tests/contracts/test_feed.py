@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 
 import pytest
 
 from headwater.events import Event
 from headwater.streams.base import Feed
+from headwater.streams.batch import Batch
 from support.streams import MemoryWorld, RedisWorld, World, end, new_run, numbered, seqs
 from support.wait import eventually
 
@@ -23,8 +24,8 @@ class Ear:
     def subscribed(self, run_id: str) -> None:
         self.confirmed.append(run_id)
 
-    def published(self, run_id: str, epoch: str, events: Sequence[Event]) -> None:
-        self.heard.append((run_id, epoch, list(events)))
+    def published(self, run_id: str, batch: Batch) -> None:
+        self.heard.append((run_id, batch.epoch, list(batch.events)))
 
     def lost(self) -> None:
         self.breaks += 1

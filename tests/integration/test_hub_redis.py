@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from headwater.errors import LogLost
 from headwater.events import Cursor, Event
 from headwater.hub import Hub, Subscription
 from headwater.streams import keys
+from headwater.streams.batch import Batch
 from headwater.streams.feed import RedisFeed
 from headwater.streams.redis import RedisStreamLog
 from headwater.telemetry import Telemetry
@@ -284,7 +285,7 @@ class Ear:
     def subscribed(self, run_id: str) -> None:
         self.told.append("subscribed")
 
-    def published(self, run_id: str, epoch: str, events: Sequence[Event]) -> None:
+    def published(self, run_id: str, batch: Batch) -> None:
         self.told.append("published")
 
     def lost(self) -> None:

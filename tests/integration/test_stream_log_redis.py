@@ -17,10 +17,10 @@ from redis.asyncio.connection import AbstractConnection
 import headwater.streams.redis
 from chaos.proxy import Proxy
 from headwater.errors import LogLost, LogUnavailable
-from headwater.events import Event
 from headwater.runs import Lease, Run, RunState
 from headwater.streams import connect
 from headwater.streams.base import StreamLog
+from headwater.streams.batch import Batch
 from headwater.streams.packing import FRAME_BYTES
 from headwater.streams.redis import RedisStreamLog
 from headwater.streams.sync import SyncMeta
@@ -620,8 +620,8 @@ async def test_a_unix_socket_and_tls_work_for_the_log_and_its_feed(tmp_path: Pat
         def subscribed(self, run_id: str) -> None:
             heard.append(("subscribed", run_id, 0))
 
-        def published(self, run_id: str, epoch: str, events: Sequence[Event]) -> None:
-            heard.append(("published", run_id, len(events)))
+        def published(self, run_id: str, batch: Batch) -> None:
+            heard.append(("published", run_id, len(batch.events)))
 
         def lost(self) -> None:
             heard.append(("lost", "", 0))

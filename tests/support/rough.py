@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from headwater.errors import LogUnavailable
-from headwater.events import Event
 from headwater.streams.base import Feed, FeedSink, Meta, Page
+from headwater.streams.batch import Batch
 from headwater.streams.memory import MemoryFeed, MemoryStreamLog
 
 
@@ -19,7 +19,7 @@ class RoughFeed(Feed):
         self._inner = inner
         self._followed: dict[str, None] = {}
         self.sink: FeedSink | None = None
-        #: Messages under way, oldest first: `("subscribed", run)` or `("published", run, epoch, events)`.
+        #: Messages under way, oldest first: `("subscribed", run)` or `("published", run, batch)`.
         self.mail: list[tuple[Any, ...]] = []
         #: Messages stay in `mail` until `deliver`.
         self.holding = False
@@ -50,8 +50,8 @@ class RoughFeed(Feed):
     def subscribed(self, run_id: str) -> None:
         self._take_in(("subscribed", run_id))
 
-    def published(self, run_id: str, epoch: str, events: Sequence[Event]) -> None:
-        self._take_in(("published", run_id, epoch, events))
+    def published(self, run_id: str, batch: Batch) -> None:
+        self._take_in(("published", run_id, batch))
 
     def lost(self) -> None:
         raise AssertionError("a feed in memory does not break")

@@ -18,7 +18,7 @@ from headwater.formats.base import Format
 from headwater.formats.native import Native
 from headwater.hub import Batch
 from headwater.transports.base import Send, Stream
-from headwater.transports.direct import SMALL, direct, hangup
+from headwater.transports.direct import ROW, SMALL, Outbox, direct, hangup
 
 
 class Transport:
@@ -73,9 +73,10 @@ def batch(*texts: str) -> Batch:
 
 async def test_the_bytes_are_those_of_send() -> None:
     cycle, transport = await response()
-    make = direct(cycle.send, stream())
+    make = direct(cycle.send, Outbox())
     assert make is not None
     assert make(Native())(batch("one", "zwei ü", "\n"))
+    await asyncio.sleep(0)
     straight, transport.written = transport.written, b""
     body = Native().render(batch("one", "zwei ü", "\n"))
     await cycle.send({"type": "http.response.body", "body": body, "more_body": True})
@@ -94,9 +95,10 @@ async def test_one_chunk_serves_every_reader_of_a_format() -> None:
     shared = batch("one")
     for _ in range(3):
         cycle, transport = await response()
-        make = direct(cycle.send, stream())
+        make = direct(cycle.send, Outbox())
         assert make is not None
         assert make(Counting())(shared)
+        await asyncio.sleep(0)
         assert b"one" in transport.written
     assert made == 1
 
@@ -114,20 +116,22 @@ async def test_a_format_with_a_memory_is_asked_for_each_reader_and_only_for_what
             return b"" if self.count == 1 else b"%d" % self.count
 
     cycle, transport = await response()
-    make = direct(cycle.send, stream())
+    make = direct(cycle.send, Outbox())
     assert make is not None
     push = make(Counted())
     assert not push(batch("x" * SMALL))
     # Nothing to say is no chunk: an empty one ends the response.
     assert push(batch("a"))
+    await asyncio.sleep(0)
     assert transport.written == b""
     assert push(batch("a"))
+    await asyncio.sleep(0)
     assert transport.written == b"1\r\n2\r\n"
 
 
 async def test_a_reader_that_does_not_keep_up_is_left_to_send() -> None:
     cycle, transport = await response()
-    make = direct(cycle.send, stream())
+    make = direct(cycle.send, Outbox())
     assert make is not None
     push = make(Native())
     cycle.flow.pause_writing()
@@ -138,6 +142,44 @@ async def test_a_reader_that_does_not_keep_up_is_left_to_send() -> None:
     assert not push(batch("a"))
     transport.closed = False
     assert not push(batch("x" * SMALL))
+
+
+async def test_what_is_pushed_in_one_turn_is_written_in_its_order_and_before_whoever_is_woken_by_it_writes() -> None:
+    outbox, transports = Outbox(), [Transport(), Transport()]
+
+    async def woken() -> None:
+        transports[0].write(b"later")
+
+    outbox.put(transports[0], b"a")
+    writer = asyncio.create_task(woken())
+    outbox.put(transports[1], b"b")
+    outbox.put(transports[0], b"c")
+    assert [one.written for one in transports] == [b"", b""]
+    await writer
+    assert [one.written for one in transports] == [b"aclater", b"b"]
+
+
+async def test_a_full_row_is_written_at_once_and_the_next_one_in_its_turn() -> None:
+    outbox, transport = Outbox(), Transport()
+    for number in range(ROW + 1):
+        outbox.put(transport, b"%d," % number)
+    full = b"".join(b"%d," % number for number in range(ROW))
+    assert transport.written == full
+    await asyncio.sleep(0)
+    assert transport.written == full + b"%d," % ROW
+
+
+async def test_a_reader_that_leaves_before_its_turn_disturbs_nobody() -> None:
+    class Gone(Transport):
+        def write(self, data: bytes) -> None:
+            raise RuntimeError("the handle is closed")
+
+    outbox, gone, transport = Outbox(), Gone(), Transport()
+    outbox.put(gone, b"a")
+    outbox.put(transport, b"b")
+    gone.closed = True
+    await asyncio.sleep(0)
+    assert transport.written == b"b"
 
 
 def _without(name: str, part: str | None = None) -> Callable[[Any], Any]:
@@ -190,8 +232,8 @@ def _other(cycle: Any) -> Any:
 )
 async def test_a_server_that_is_not_as_it_is_known_is_written_to_by_send(spoil: Callable[[Any], Any]) -> None:
     cycle, _ = await response()
-    assert direct(cycle.send, stream()) is not None
-    assert direct(spoil(cycle), stream()) is None
+    assert direct(cycle.send, Outbox()) is not None
+    assert direct(spoil(cycle), Outbox()) is None
 
 
 async def test_a_reader_that_leaves_ends_its_stream_without_a_task_that_waits_for_it() -> None:

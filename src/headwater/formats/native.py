@@ -20,8 +20,6 @@ from headwater.hub import Batch
 #: A comment: keeps proxies and clients from taking a quiet stream for a dead one.
 HEARTBEAT: Final = b": hb\n\n"
 
-_NAMES: Final = {kind: kind.value.encode() for kind in EventType}
-
 
 class Native(Format):
     """One run per stream."""
@@ -29,6 +27,10 @@ class Native(Format):
     name = "native"
 
     def frames(self, batch: Batch) -> bytes:
+        if len(batch.lines) == 1 and not batch.reset:
+            # Nearly always, and the hottest line of the server.
+            ((seq, kind, raw),) = batch.lines
+            return b"id: %b-%d\nevent: %b\ndata: %b\n\n" % (batch.epoch.encode(), seq, kind, raw)
         return native(batch)
 
 
@@ -52,16 +54,16 @@ def native(batch: Batch, run_id: str | None = None) -> bytes:
     if batch.reset:
         # Not an event of the log: it says that what the reader saw belongs to a log that is gone.
         # It has no time of its own, so that every server says the same.
-        at = batch.events[0].at if batch.events else 0
+        at = batch.events[0].at if batch.lines else 0
         data = {"seq": 0, "type": EventType.RESET.value, "at": at, "reason": "history_lost"}
-        frames.append(_frame(epoch, 0, EventType.RESET, head, orjson.dumps(data)))
-    frames += [_frame(epoch, event.seq, event.type, head, event.encode()) for event in batch.events]
+        frames.append(_frame(epoch, 0, b"reset", head, orjson.dumps(data)))
+    frames += [_frame(epoch, seq, kind, head, raw) for seq, kind, raw in batch.lines]
     return b"".join(frames)
 
 
-def _frame(epoch: bytes, seq: int, kind: EventType, head: bytes, raw: bytes) -> bytes:
-    # The event's JSON is spliced, not read and written again: it is the hottest line of the server.
-    return b"id: %b-%d\nevent: %b\ndata: %b%b\n\n" % (epoch, seq, _NAMES[kind], head, raw[1:] if head else raw)
+def _frame(epoch: bytes, seq: int, kind: bytes, head: bytes, raw: bytes) -> bytes:
+    # The event's JSON is spliced, not read and written again.
+    return b"id: %b-%d\nevent: %b\ndata: %b%b\n\n" % (epoch, seq, kind, head, raw[1:] if head else raw)
 
 
 def said(run_id: str, event: EventType, data: dict[str, Any]) -> bytes:

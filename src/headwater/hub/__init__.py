@@ -11,8 +11,8 @@ both are merged by seq: between the two nothing can slip through.
 
 from __future__ import annotations
 
-from headwater.hub.batch import Batch
 from headwater.hub.hub import History, Hub
 from headwater.hub.subscription import Subscription
+from headwater.streams.batch import Batch
 
 __all__ = ["Batch", "History", "Hub", "Subscription"]

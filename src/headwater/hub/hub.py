@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Sequence
 from typing import Final, Protocol
 
 from headwater.clock import Clock, SystemClock
 from headwater.errors import LogUnavailable, Unavailable
-from headwater.events import Cursor, Event
-from headwater.hub.batch import Batch
+from headwater.events import Cursor
 from headwater.hub.subscription import Subscription
 from headwater.service import Service
 from headwater.streams.base import Feed, Page, StreamLog
+from headwater.streams.batch import Batch
 from headwater.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -125,7 +124,7 @@ class Hub(Service):
 
     def delivered(self, born: int) -> None:
         """A reader was sent a pushed batch. Its stamp is of the worker's clock: what the two disagree by is in it."""
-        self._delays[max(0, self._clock.now_ms() - born)] += 1
+        self._delays[self._clock.now_ms() - born] += 1
 
     async def page(self, run_id: str, after: int) -> Page | None:
         """The next events of the log, or all of the history when there is no log. Raises Unavailable."""
@@ -156,21 +155,20 @@ class Hub(Service):
         for follower in channel.followers:
             follower.fall_behind(reason)
 
-    def published(self, run_id: str, epoch: str, events: Sequence[Event]) -> None:
+    def published(self, run_id: str, batch: Batch) -> None:
         self._heard += 1
         channel = self._channels.get(run_id)
         if channel is None:
             return
-        channel.check_at = self._loop.time() + self._watchdog
-        if not events:
+        now = self._loop.time()
+        channel.check_at = now + self._watchdog
+        if not batch.lines:
             for follower in channel.followers:
                 follower.fall_behind("rewritten")
             return
-        batch = Batch(epoch, events)
-        batch.born = events[0].at
         passed_on = False
         for follower in channel.followers:
-            if follower.offer(batch):
+            if follower.offer(batch, now):
                 passed_on = True
         if passed_on:
             self.delivered(batch.born)
@@ -214,7 +212,7 @@ class Hub(Service):
         if heard:
             self.telemetry.count("headwater_hub_batches_total", heard)
         for delay, times in delays.items():
-            self.telemetry.observe_times("headwater_delivery_seconds", delay / 1000, times)
+            self.telemetry.observe_times("headwater_delivery_seconds", max(0, delay) / 1000, times)
 
     async def _beat(self) -> None:
         """Wake readers that have been quiet, early enough that none is quiet for longer than `heartbeat`."""

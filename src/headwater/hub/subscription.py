@@ -10,8 +10,8 @@ from typing import Final, Protocol
 
 from headwater.errors import Unavailable
 from headwater.events import Cursor
-from headwater.hub.batch import Batch
 from headwater.streams.base import Meta, Page
+from headwater.streams.batch import Batch
 from headwater.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -144,26 +144,28 @@ class Subscription:
 
     # --- what the hub says ----------------------------------------------------------------------
 
-    def offer(self, batch: Batch) -> bool:
-        """Take what was pushed. True when it was passed on at once."""
-        if self.push is not None and self._continues(batch) and self.push(batch):
+    def offer(self, batch: Batch, now: float) -> bool:
+        """Take what was pushed at the loop's time `now`. True when it was passed on at once.
+
+        That is when somebody waits, nothing else is due, and the batch goes on where we stand without ending the run.
+        """
+        waiter = self._waiter
+        if (
+            self.push is not None
+            and batch.first == self._seq + 1
+            and not self._behind
+            and (batch.epoch == self._epoch or self._seq == 0)
+            and not batch.terminal
+            and waiter is not None
+            and not waiter.done()
+            and self.push(batch)
+        ):
             self._epoch = batch.epoch
-            self._seq = batch.events[-1].seq
-            self._returned_at = self._loop.time()
+            self._seq = batch.last
+            self._returned_at = now
             return True
         self._keep(batch)
         return False
-
-    def _continues(self, batch: Batch) -> bool:
-        """Somebody waits, nothing else is due, and the batch goes on where we stand without ending the run."""
-        return (
-            self._waiter is not None
-            and not self._behind
-            and not self._waiter.done()
-            and batch.events[0].seq == self._seq + 1
-            and (batch.epoch == self._epoch or self._seq == 0)
-            and not batch.events[-1].terminal
-        )
 
     def _keep(self, batch: Batch) -> None:
         if self._overflowed:
@@ -209,7 +211,7 @@ class Subscription:
         while self._pending:
             batch = self._pending.pop(0)
             self._pending_bytes -= batch.size
-            first, last = batch.events[0].seq, batch.events[-1].seq
+            first, last = batch.first, batch.last
             if (batch.epoch != self._epoch and self._seq > 0) or first > self._seq + 1:
                 # Dropped: the read that follows is later than its publishing, so it is in there.
                 self.fall_behind("hole")
@@ -222,9 +224,9 @@ class Subscription:
 
     def _advance(self, batch: Batch) -> None:
         self._epoch = batch.epoch
-        self._seq = batch.events[-1].seq
+        self._seq = batch.last
         self._beat_due = False
-        if batch.events[-1].terminal:
+        if batch.terminal:
             self._finish()
 
     def _finish(self) -> None:

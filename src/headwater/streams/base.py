@@ -23,6 +23,7 @@ from typing import Final, Protocol
 
 from headwater.events import Event, EventType
 from headwater.runs import Lease, Run, RunState
+from headwater.streams.batch import Batch
 
 #: The state in which a terminal event leaves its run.
 ENDS: Final[Mapping[EventType, RunState]] = {
@@ -234,7 +235,7 @@ class FeedSink(Protocol):
     def subscribed(self, run_id: str) -> None:
         """The subscription stands. What was published before may have been missed, also at a repeated call."""
 
-    def published(self, run_id: str, epoch: str, events: Sequence[Event]) -> None:
+    def published(self, run_id: str, batch: Batch) -> None:
         """Events were appended. May repeat, be missing or come late. No events: the log was written again, read it."""
 
     def lost(self) -> None:

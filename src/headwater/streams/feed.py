@@ -20,9 +20,9 @@ import hiredis
 from redis.asyncio.connection import parse_url
 
 from headwater.errors import reason
-from headwater.events import Event
 from headwater.streams import keys, wire
 from headwater.streams.base import Feed, FeedSink
+from headwater.streams.batch import Batch
 from headwater.streams.wire import Connection, Refused
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,8 @@ class RedisFeed(Feed):
     # --- what arrives ---------------------------------------------------------------------------
 
     def _receive(self, reply: Any) -> None:
-        if not isinstance(reply, list) or self._sink is None:
+        sink = self._sink
+        if sink is None or type(reply) is not list:
             if isinstance(reply, hiredis.ReplyError):
                 logger.error("Redis refuses a command of the feed: %s. Does the user have the right &stream:*?", reply)
             return
@@ -144,23 +145,22 @@ class RedisFeed(Feed):
             return
         try:
             if reply[0] == b"message":
-                self._sink.published(run_id, *parse(reply[2]))
+                sink.published(run_id, _batch(reply[2]))
             elif reply[0] == b"subscribe":
-                self._sink.subscribed(run_id)
+                sink.subscribed(run_id)
         except Exception:
             # One message that its receiver chokes on must not take the connection of all others along.
             logger.exception("A message of run %s could not be passed on", run_id)
 
 
-def parse(payload: bytes) -> tuple[str, Sequence[Event]]:
-    """Epoch and events of `<epoch> <first seq>\\n<event>\\n<event>…`; no events when it is anything else."""
-    head, _, rest = payload.partition(b"\n")
-    epoch, _, _ = head.partition(b" ")
+def _batch(payload: bytes) -> Batch:
+    """What `<epoch> <first seq>\\n<event>\\n<event>…` says; without events when it is anything else."""
+    head, _, events = payload.partition(b"\n")
     try:
-        return epoch.decode(), [Event.decode(line) for line in rest.split(b"\n")] if rest else ()
+        return Batch.published(head[: head.find(b" ")].decode(), events)
     except ValueError:
         logger.exception("A published message cannot be read; its readers go to the log instead")
-        return "", ()
+        return Batch("")
 
 
 def _send_chunked(connection: Connection, verb: bytes, names: Sequence[bytes]) -> None:

@@ -31,7 +31,7 @@ from headwater.formats.native import HEARTBEAT, Native, NativeOf, said
 from headwater.hub import Hub, Subscription
 from headwater.ids import is_id
 from headwater.transports.base import May, MayEach, Read, Receive, Scope, Send, Stream, Streams, cursor_of
-from headwater.transports.direct import direct, hangup
+from headwater.transports.direct import Outbox, direct, hangup
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,7 @@ class StreamEndpoint:
         self._may_each = may_each
         self._read = read
         self._format = form or Native()
+        self._outbox = Outbox()
 
     async def __call__(
         self, scope: Scope, receive: Receive, send: Send, caller: Caller, run_id: str | None, request_id: str = ""
@@ -114,7 +115,8 @@ class StreamEndpoint:
         except BaseException:
             subscription.close()
             raise
-        return _respond(stream, headers, receive, send, self._hub, [(subscription, self._format)])
+        frames = _Frames(stream, send, self._hub, self._outbox, several=False)
+        return _respond(frames, stream, headers, receive, [(subscription, self._format)])
 
     async def _many(
         self, runs: dict[str, Cursor | None], caller: Caller, headers: Headers, receive: Receive, send: Send
@@ -155,7 +157,8 @@ class StreamEndpoint:
             subscriptions[run_id] = self._hub.subscribe(run_id, after, among=len(follow))
         followed: list[tuple[Subscription, Format]] = [(one, NativeOf(run_id)) for run_id, one in subscriptions.items()]
         first = [_refusal(run_id, error) for run_id, error in refused.items()]
-        return _respond(stream, headers, receive, send, self._hub, followed, first)
+        frames = _Frames(stream, send, self._hub, self._outbox, several=len(followed) > 1)
+        return _respond(frames, stream, headers, receive, followed, first)
 
     async def _unread(self, runs: Mapping[str, Cursor | None]) -> dict[str, Cursor | None]:
         """The runs of which the reader has not seen the end."""
@@ -176,11 +179,10 @@ class StreamEndpoint:
 
 
 async def _respond(
+    frames: _Frames,
     stream: Stream,
     headers: Headers,
     receive: Receive,
-    send: Send,
-    hub: Hub,
     followed: list[tuple[Subscription, Format]],
     first: Sequence[bytes] = (),
 ) -> None:
@@ -188,6 +190,7 @@ async def _respond(
 
     `headers` and `followed` are emptied: what is held here, is held for as long as the stream is open.
     """
+    send = frames.send
     watcher: _Watcher | None = None
     try:
         _limit_buffer(send)
@@ -197,7 +200,6 @@ async def _respond(
         # Something must follow the headers at once: servers and proxies hold them back until the first byte.
         await send(_body(b"".join((_retry(), *first))))
         first = ()
-        frames = _Frames(stream, send, hub, several=len(followed) > 1)
         if len(followed) == 1:
             await frames.follow(*followed.pop())
         else:
@@ -225,12 +227,13 @@ class _Frames:
     What is pushed while nothing else is under way goes straight to the transport where that can be, see direct.py.
     """
 
-    __slots__ = ("_hub", "_loop", "_send", "_several", "_stream", "_turns", "_writing")
+    __slots__ = ("_hub", "_loop", "_outbox", "_several", "_stream", "_turns", "_writing", "send")
 
-    def __init__(self, stream: Stream, send: Send, hub: Hub, *, several: bool) -> None:
+    def __init__(self, stream: Stream, send: Send, hub: Hub, outbox: Outbox, *, several: bool) -> None:
+        self.send = send
         self._stream = stream
-        self._send = send
         self._hub = hub
+        self._outbox = outbox
         self._several = several
         self._loop = asyncio.get_running_loop()
         # A reader that takes nothing makes all its runs wait, and each that waits with a page of its log in hand costs
@@ -240,7 +243,7 @@ class _Frames:
 
     async def follow(self, subscription: Subscription, form: Format) -> None:
         """Write a run's frames until its subscription is over."""
-        make = direct(self._send, self._stream)
+        make = direct(self.send, self._outbox, self._stream if self._several else None)
         if make is not None:
             subscription.push = make(form)
             del make
@@ -259,7 +262,7 @@ class _Frames:
 
     async def end(self, goodbye: bytes) -> None:
         self._stream.sending_since = self._loop.time()
-        await self._send(_body(goodbye, more=False))
+        await self.send(_body(goodbye, more=False))
 
     async def _write(self, frame: list[bytes]) -> None:
         stream = self._stream
@@ -272,11 +275,11 @@ class _Frames:
             if stream.ending in ("gone", "slow"):
                 return
             stream.sending_since = stream.wrote_at = self._loop.time()
-            await self._send(_body(frame.pop()))
+            await self.send(_body(frame.pop()))
             if large:
                 # A write returns though nothing was taken yet. What is read next for this reader would only lie
                 # here, so wait until it took this; an empty body does that and sends nothing.
-                await self._send(_body(b""))
+                await self.send(_body(b""))
             stream.sending_since = None
 
 

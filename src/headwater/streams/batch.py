@@ -1,0 +1,80 @@
+"""Batch: events on their way to readers, encoded once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Self
+
+from headwater.events import ENDING, HEAD, Event
+
+#: Seq, type and encoded form of an event: what it takes to hand it on.
+Line = tuple[int, bytes, bytes]
+
+
+class Batch:
+    """Events of consecutive seqs of one run.
+
+    `reset`: history before was lost; forget what was shown, all comes again under `epoch`. Neither
+    events nor reset: a heartbeat. A batch is shared by all readers it suits, and so is its encoding.
+
+    What was published stays lines: a server hands most of it on as it came, and an Event of each would cost a good part
+    of all that is done with it. `events` makes them when somebody asks.
+    """
+
+    __slots__ = ("_events", "born", "encodings", "epoch", "first", "last", "lines", "reset", "size", "terminal")
+
+    def __init__(self, epoch: str, events: Sequence[Event] = (), *, reset: bool = False, born: int = 0) -> None:
+        self.epoch = epoch
+        self.reset = reset
+        self._events: Sequence[Event] | None = events
+        #: Each event's seq, type and encoded form.
+        self.lines: Sequence[Line] = [(event.seq, event.type.value.encode(), event.encode()) for event in events]
+        #: Seqs of the first and the last event; 0 without events.
+        self.first = events[0].seq if events else 0
+        self.last = events[-1].seq if events else 0
+        #: The last event ends the run.
+        self.terminal = bool(events) and events[-1].terminal
+        #: Bytes of the events.
+        self.size = sum([len(raw) for _, _, raw in self.lines])
+        #: When its first event was made, in Unix milliseconds, while a batch that was pushed waits to be timed; else 0.
+        self.born = born
+        #: What was encoded already, by the name of the format.
+        self.encodings: dict[str, bytes] = {}
+
+    @classmethod
+    def published(cls, epoch: str, raw: bytes) -> Self:
+        """Events as `encode` writes them, one a line; none when `raw` is empty. Raises ValueError."""
+        known = HEAD(raw)
+        if known is None or raw.count(b"\n"):
+            events = [Event.decode(line) for line in raw.split(b"\n")] if raw else []
+            return cls(epoch, events, born=events[0].at if events else 0)
+        # Nearly always one event, and this the hottest path of a server: no Event, no list, no further call.
+        batch = cls.__new__(cls)
+        seq, kind, at = known.groups()
+        batch.epoch = epoch
+        batch.first = batch.last = number = int(seq)
+        batch.lines = ((number, kind, raw),)
+        batch.born = int(at)
+        batch.size = len(raw)
+        batch.terminal = kind in ENDING
+        batch.reset = False
+        batch.encodings = {}
+        batch._events = None
+        return batch
+
+    @property
+    def events(self) -> Sequence[Event]:
+        if self._events is None:
+            self._events = [Event.decode(raw) for _, _, raw in self.lines]
+        return self._events
+
+    def encoded(self, name: str, encode: Callable[[Batch], bytes]) -> bytes:
+        """The batch in the format `name`, encoded by the first who asks."""
+        encoded = self.encodings.get(name)
+        if encoded is None:
+            encoded = self.encodings[name] = encode(self)
+        return encoded
+
+    def __repr__(self) -> str:
+        seqs = f"{self.first}..{self.last}" if self.lines else "-"
+        return f"Batch({self.epoch} {seqs}{' reset' if self.reset else ''})"
