@@ -114,7 +114,7 @@ class Step:
 STEPS: Final[tuple[Step, ...]] = (
     Step("accept.planned", "server", "A message is checked; nothing is written yet."),
     Step("accept.journalled", "server", "It is in the journal; PostgreSQL has not committed it."),
-    Step("accept.stored", "server", "PostgreSQL has committed it; Redis does not know the run."),
+    Step("accept.stored", "server", "PostgreSQL has committed it; the journal still has it to bring there."),
     Step("accept.announced", "server", "Redis knows the run; it is not handed to Celery."),
     Step("accept.enqueued", "server", "It is handed to Celery, as far as it got; the caller has no reply."),
     Step("cancel.flagged", "server", "Redis has a cancel's flag; the journal has not noted it."),

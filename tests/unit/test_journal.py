@@ -110,6 +110,18 @@ async def test_what_is_marked_synced_leaves_the_backlog(case: Case) -> None:
     assert ids(await case.journal.overlay(chat_id=CHAT)) == [entries[1].record.id]
 
 
+async def test_a_mark_that_nobody_waits_for_comes_before_the_journal_is_closed(case: Case) -> None:
+    await case.journal.append([said(), said()])
+    first, second = await case.journal.unsynced(10)
+    case.journal.mark_soon([first.position])
+    await case.journal.close()
+    # Too late for a mark: what it was for is stored nevertheless.
+    case.journal.mark_soon([second.position])
+    await case.journal.open()
+
+    assert await case.waiting() == [second.record.id]
+
+
 async def test_the_backlog_tells_count_age_and_poison(case: Case) -> None:
     empty = await case.journal.backlog()
     assert (empty.count, empty.oldest_ms, empty.poison) == (0, None, 0)

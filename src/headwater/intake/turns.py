@@ -35,7 +35,7 @@ from headwater.intake import checks
 from headwater.intake.parts import LOG_WAIT, Locks, Parts, Patience
 from headwater.intake.plans import Accepted, Ask, Plan, Planner
 from headwater.intake.stops import Stops
-from headwater.journal import Alone
+from headwater.journal import Alone, Key
 from headwater.messages import MessageStatus
 from headwater.runs import Priority, Run, RunState
 from headwater.settings import WhenBusy
@@ -95,15 +95,12 @@ class Turns:
     async def _take(self, ask: Ask) -> Accepted:
         # Within this process a chat's turns wait here and not each with a connection of the pool.
         async with self._locks.of(ask.chat_id):
-            outcome = await self._by_journal(ask) or await self._insist(ask)
+            outcome = await self._insist(ask)
         if isinstance(outcome, Accepted):
             await self._ring_again(outcome.task_id)
             return outcome
         self._parts.telemetry.count("headwater_runs_accepted_total", kind=outcome.run.kind)
-        await self._announce(outcome.run)
         self._stops.bring(outcome.cancels)
-        if outcome.positions:
-            await self._mark(outcome)
         return outcome.accepted
 
     async def _insist(self, ask: Ask) -> Plan | Accepted:
@@ -128,40 +125,50 @@ class Turns:
     async def _with_store(self, ask: Ask) -> Plan | Accepted:
         """Raises StoreUnavailable only while nothing was written."""
         parts = self._parts
-        if ask.key is not None:
-            run = await parts.store.runs.by_key(ask.caller.owner_id, ask.key)
-            if run is not None:
-                return ask.same(run.fingerprint, run.id, run.message_id)
-        alone = await parts.journal.look(ask.chat_id)
-        # The turn reads rows only, so they must be as new as the journal.
-        await parts.overlay.carry_over(ask.chat_id)
-        outcome: Plan | Accepted | None = None
+        earlier, alone, _ = await asyncio.gather(
+            self._key(ask),
+            parts.journal.look(ask.chat_id),
+            # The turn reads rows only, so they must be as new as the journal.
+            parts.overlay.carry_over(ask.chat_id),
+        )
+        if earlier is not None:
+            return ask.told(earlier)
+        plan: Plan | None = None
         try:
-            async with parts.absence.doubted(ask.chat_id), parts.store.turn(ask.caller.owner_id, ask.chat_id) as turn:
+            async with (
+                parts.absence.doubted(ask.chat_id),
+                parts.store.turn(ask.caller.owner_id, ask.chat_id, ask.key) as turn,
+            ):
                 outcome = await self._turn(ask, turn, alone)
-                if isinstance(outcome, Plan):
-                    await turn.apply(outcome.records)
+                if isinstance(outcome, Accepted):
+                    return outcome
+                plan = outcome
+                # What is in the journal is accepted: its answer need not wait for PostgreSQL.
+                announcing = asyncio.create_task(self._announce(plan.run))
+                try:
+                    await turn.end(plan.records)
+                finally:
+                    await announcing
         except (StoreUnavailable, RecordRefused) as error:
-            if outcome is None:
+            if plan is None:
                 raise
-            if isinstance(outcome, Plan):
-                # It is durable, so it is accepted; the syncer brings it, or sets it aside and reports it.
-                logger.warning("a message was journalled but not stored yet: %s", error)
-                await self._wake_syncer(outcome)
-                return replace(outcome, positions=())
+            # It is durable, so it is accepted; the syncer brings it, or sets it aside and reports it.
+            logger.warning("a message was journalled but not stored yet: %s", error)
+            await self._wake_syncer(plan)
+            return plan
         parts.telemetry.step("accept.stored")
-        return outcome
+        parts.journal.mark_soon(plan.positions)
+        return plan
 
     async def _turn(self, ask: Ask, turn: Turn, alone: Alone) -> Plan | Accepted:
+        if turn.of_key is not None:
+            return ask.same(turn.of_key.fingerprint, turn.of_key.id, turn.of_key.message_id)
         active = {run.id: run for run in turn.active}
-        for run in turn.active:
-            if ask.key is not None and run.idempotency_key == ask.key:
-                return ask.same(run.fingerprint, run.id, run.message_id)
         # Another process of this host may have taken the key while we waited for the row.
-        earlier = await self._by_journal(ask)
+        earlier = await self._key(ask)
         if earlier is not None:
-            return earlier
-        messages = {message.id: message for message in await turn.messages()}
+            return ask.told(earlier)
+        messages = {message.id: message for message in turn.messages}
         # A run whose end is in the log but not in its row yet does not hold the chat up.
         waiting = {message.run_id for message in messages.values() if message.status is MessageStatus.PROCESSING}
         metas = await self._metas({run_id for run_id in waiting if run_id} | active.keys())
@@ -176,9 +183,9 @@ class Turns:
 
     async def _without_store(self, ask: Ask) -> Plan | Accepted:
         """Take it on the journal's word alone: it shows whose the chat is and whether it is answering."""
-        earlier = await self._by_journal(ask)
+        earlier = await self._key(ask)
         if earlier is not None:
-            return earlier
+            return ask.told(earlier)
         alone = await self._parts.journal.look(ask.chat_id)
         known = await self._parts.overlay.kept(ask.chat_id)
         chat = known.chat(ask.chat_id)
@@ -198,13 +205,10 @@ class Turns:
             plan.records, wait=0, key=ask.stands_for(plan), alone=alone, cancels=plan.cancels
         )
         self._parts.telemetry.step("accept.journalled")
-        return ask.told(holder) if holder else plan
-
-    async def _mark(self, plan: Plan) -> None:
-        try:
-            await self._parts.journal.mark_synced(plan.positions)
-        except JournalUnavailable as error:
-            logger.warning("run %s is stored, which the journal cannot note: %s", plan.run.id, error)
+        if holder:
+            return ask.told(holder)
+        await self._announce(plan.run)
+        return plan
 
     async def _wake_syncer(self, plan: Plan) -> None:
         """A record that is saved again changes nothing and lets the syncer look at once."""
@@ -213,11 +217,9 @@ class Turns:
         except JournalUnavailable as error:
             logger.warning("run %s is journalled and waits for the syncer's next look: %s", plan.run.id, error)
 
-    async def _by_journal(self, ask: Ask) -> Accepted | None:
-        if ask.key is None:
-            return None
-        known = await self._parts.journal.find_key(ask.caller.owner_id, ask.key)
-        return ask.told(known) if known else None
+    async def _key(self, ask: Ask) -> Key | None:
+        """The first use of the caller's key, as far as this host's journal knows."""
+        return None if ask.key is None else await self._parts.journal.find_key(ask.caller.owner_id, ask.key)
 
     # --- what others know ------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from headwater.clock import Clock
-from headwater.errors import ChatBusy
+from headwater.errors import ChatBusy, JournalUnavailable
 from headwater.journal import rows
 from headwater.journal.file import JournalFile
 from headwater.journal.lane import Lane, Work
@@ -108,6 +108,16 @@ class Journal:
         """The store has these; they stay for reference until `prune`."""
         at = self._clock.now_ms()
         await self._writer.submit(lambda connection: rows.mark(connection, positions, at))
+
+    def mark_soon(self, positions: Sequence[int]) -> None:
+        """`mark_synced` for nobody to wait for: what is not marked is only stored once more, which changes nothing."""
+        at = self._clock.now_ms()
+        try:
+            marking = self._writer.post(lambda connection: rows.mark(connection, positions, at))
+        except JournalUnavailable as error:
+            _not_marked(error)
+        else:
+            marking.add_done_callback(_marked)
 
     async def set_aside(self, position: int, reason: str) -> None:
         """The store does not take this record: keep it out of the way, with the reason."""
@@ -246,3 +256,12 @@ class Journal:
 
     def _on_commit(self, seconds: float) -> None:
         self._telemetry.observe("headwater_journal_commit_seconds", seconds)
+
+
+def _marked(outcome: asyncio.Future[None]) -> None:
+    if not outcome.cancelled() and (error := outcome.exception()) is not None:
+        _not_marked(error)
+
+
+def _not_marked(error: BaseException) -> None:
+    logger.warning("Records are stored, which the journal cannot note: %s", error)

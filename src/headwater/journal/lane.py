@@ -77,13 +77,17 @@ class Lane:
 
     async def submit(self, work: Work[T], *, alone: bool = False) -> T:
         """Run `work` in the thread. What it raises comes out here, SQLite's errors as ours."""
+        return await self.post(work, alone=alone)
+
+    def post(self, work: Work[T], *, alone: bool = False) -> asyncio.Future[T]:
+        """`submit` without waiting; on the event loop. Raises JournalUnavailable when it is not open."""
         if self._thread is None or self._loop is None:
             raise unavailable("The journal is not open.", "journal_closed")
         if os.getpid() != self._pid:
             raise RuntimeError("The journal was opened before a fork: open it in the process that uses it.")
         future: asyncio.Future[T] = self._loop.create_future()
         self._queue.put(_Job(work, future, alone or not self._writer))
-        return await future
+        return future
 
     # --- in the thread ---------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from headwater.clock import Clock
 from headwater.records import Record
-from headwater.store.apply import apply
+from headwater.store.apply import writing
 from headwater.store.chats import Chats, Turn, turn
 from headwater.store.database import Database
 from headwater.store.runs import Runs
@@ -54,14 +54,14 @@ class Store:
         never be stored; then none was.
         """
         if records:
-            await self._database.run(lambda connection: apply(connection, records))
+            await self._database.fly(*writing(records))
 
-    def turn(self, owner_id: str, chat_id: str) -> AbstractAsyncContextManager[Turn]:
+    def turn(self, owner_id: str, chat_id: str, key: str | None = None) -> AbstractAsyncContextManager[Turn]:
         """One turn at a time in a chat, across processes: a transaction with the chat's row locked.
 
-        Commits at a normal exit and rolls back on an exception. Raises NotFound.
+        `key` is an Idempotency-Key to look up as well. Raises NotFound.
         """
-        return turn(self._database, owner_id, chat_id)
+        return turn(self._database, owner_id, chat_id, key)
 
 
 async def _ping(connection: AsyncConnection) -> Any:

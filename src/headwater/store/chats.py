@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import Row, and_, delete, func, or_, select, update
+from sqlalchemy import Row, and_, bindparam, delete, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from headwater.clock import to_datetime, to_ms
@@ -19,13 +19,32 @@ from headwater.ids import is_id
 from headwater.messages import Chat, Message, MessageStatus, Role
 from headwater.records import Record
 from headwater.runs import Run
-from headwater.store.apply import apply
-from headwater.store.database import Database
-from headwater.store.runs import active_runs
+from headwater.store.apply import writing
+from headwater.store.database import Database, Statement, Transaction
+from headwater.store.runs import ACTIVE_RUNS, RUN_OF_KEY, run_of
 from headwater.store.tables import chats, messages, runs
 
+#: The messages of the chat `chat_id` of `owner_id`, oldest first; equal times in the order of their ids, which grow
+#: with time.
+_MESSAGES: Final = (
+    select(messages)
+    .where(messages.c.chat_id == bindparam("chat_id"), messages.c.owner_id == bindparam("owner_id"))
+    .order_by(messages.c.created_at, messages.c.id)
+)
 #: The end of 9999 in Unix milliseconds: what a datetime can hold.
 _LAST_MS: Final = 253_402_300_799_000
+
+
+def _is(owner_id: Any, chat_id: Any) -> Any:
+    return and_(chats.c.id == chat_id, chats.c.owner_id == owner_id, chats.c.deleted_at.is_(None))
+
+
+_LOCKED: Final = Statement.of(
+    select(chats).where(_is(bindparam("owner_id"), bindparam("chat_id"))).with_for_update(key_share=True)
+)
+_SAID: Final = Statement.of(_MESSAGES)
+_ACTIVE: Final = Statement.of(ACTIVE_RUNS)
+_OF_KEY: Final = Statement.of(RUN_OF_KEY)
 
 
 class Chats:
@@ -96,25 +115,29 @@ class Chats:
         if not is_id(chat_id):
             raise _not_found()
 
-        async def work(connection: AsyncConnection) -> None:
-            tombstone = (
-                update(chats)
-                .where(_is(owner_id, chat_id))
-                .values(title=None, deleted_at=to_datetime(at), version=chats.c.version + 1)
-            )
-            if (await connection.execute(tombstone)).rowcount == 0:
-                raise _not_found()
-            # The tombstone's row lock holds off `apply`, so no message can come in behind these.
-            await connection.execute(delete(messages).where(messages.c.chat_id == chat_id))
-            await connection.execute(delete(runs).where(runs.c.chat_id == chat_id))
-
-        await self._database.run(work)
+        tombstone = (
+            update(chats)
+            .where(_is(owner_id, chat_id))
+            .values(title=None, deleted_at=to_datetime(at), version=chats.c.version + 1)
+            .returning(chats.c.id)
+        )
+        dead = select(chats.c.id).where(
+            chats.c.id == chat_id, chats.c.owner_id == owner_id, chats.c.deleted_at.is_not(None)
+        )
+        # The tombstone's row lock holds off records on their way, so no message can come in behind these.
+        rest = [delete(table).where(table.c.chat_id.in_(dead)) for table in (messages, runs)]
+        buried, *_ = await self._database.fly(*map(Statement.of, (tombstone, *rest)))
+        if not buried:
+            raise _not_found()
 
     async def messages(self, owner_id: str, chat_id: str) -> builtins.list[Message]:
         """All messages of a chat, oldest first; none when the chat is not the owner's or was deleted."""
         if not is_id(chat_id):
             return []
-        return await self._database.run(lambda connection: chat_messages(connection, owner_id, chat_id))
+        rows = await self._database.run(
+            lambda connection: _all(connection, _MESSAGES, owner_id=owner_id, chat_id=chat_id)
+        )
+        return [_message(row) for row in rows]
 
     async def message(self, message_id: str) -> Message | None:
         """One message, whoever owns it: the caller checks the owner."""
@@ -126,58 +149,59 @@ class Chats:
 
 
 class Turn:
-    """A chat that is locked for one turn; another turn of the same chat waits, in any process.
+    """A chat that is locked for one turn, as it was then; another turn of the same chat waits, in any process.
 
-    Inside, write with `apply`. Waiting here for a syncer to store records of the same chat would
+    Inside, write with `end`. Waiting here for a syncer to store records of the same chat would
     wait for this very lock.
     """
 
-    def __init__(self, database: Database, connection: AsyncConnection, chat: Chat, active: Sequence[Run]) -> None:
-        self._database = database
-        self._connection = connection
+    def __init__(
+        self,
+        transaction: Transaction,
+        chat: Chat,
+        messages: Sequence[Message],
+        active: Sequence[Run],
+        of_key: Run | None,
+    ) -> None:
+        self._transaction = transaction
         self.chat = chat
+        #: All messages of the chat, oldest first.
+        self.messages = messages
         #: The runs that are queued or running in this chat, oldest first.
         self.active = active
+        #: The run that the Idempotency-Key stands for already.
+        self.of_key = of_key
 
-    async def messages(self) -> list[Message]:
-        """All messages of the chat, oldest first."""
-        return await self._database.limited(chat_messages(self._connection, self.chat.owner_id, self.chat.id))
-
-    async def apply(self, records: Sequence[Record]) -> None:
-        """Write records; they are committed when the turn ends without an exception."""
-        await self._database.limited(apply(self._connection, records))
+    async def end(self, records: Sequence[Record]) -> None:
+        """Write records and commit; the chat is free for the next turn. Without it a turn leaves nothing."""
+        await self._transaction.fly(*writing(records, locked=True), commit=True)
 
 
 @asynccontextmanager
-async def turn(database: Database, owner_id: str, chat_id: str) -> AsyncIterator[Turn]:
+async def turn(database: Database, owner_id: str, chat_id: str, key: str | None) -> AsyncIterator[Turn]:
     """Lock the chat's row. Raises NotFound, and StoreUnavailable when another turn holds it for too long."""
     if not is_id(chat_id):
         raise _not_found()
-    async with database.open() as connection:
-        locked = select(chats).where(_is(owner_id, chat_id)).with_for_update(key_share=True)
-        row = (await database.limited(connection.execute(locked))).first()
-        if row is None:
+    asked = [statement.with_values(owner_id=owner_id, chat_id=chat_id) for statement in (_LOCKED, _SAID, _ACTIVE)]
+    if key is not None:
+        asked.append(_OF_KEY.with_values(owner_id=owner_id, key=key))
+    async with database.transaction() as transaction:
+        # One after the other and each on its own snapshot: what comes behind the lock sees what the turn before wrote.
+        chat, said, active, *of_key = await transaction.fly(*asked)
+        if not chat:
             raise _not_found()
-        active = await database.limited(active_runs(connection, chat_id))
-        yield Turn(database, connection, _chat(row), active)
+        known = [run_of(row) for rows in of_key for row in rows]
+        yield Turn(
+            transaction,
+            _chat(chat[0]),
+            [_message(row) for row in said],
+            [run_of(row) for row in active],
+            known[0] if known else None,
+        )
 
 
-async def chat_messages(connection: AsyncConnection, owner_id: str, chat_id: str) -> list[Message]:
-    """The messages of a chat, oldest first; equal times in the order of their ids, which grow with time."""
-    statement = (
-        select(messages)
-        .where(messages.c.chat_id == chat_id, messages.c.owner_id == owner_id)
-        .order_by(messages.c.created_at, messages.c.id)
-    )
-    return [_message(row) for row in await _all(connection, statement)]
-
-
-async def _all(connection: AsyncConnection, statement: Any) -> Sequence[Row[Any]]:
-    return (await connection.execute(statement)).all()
-
-
-def _is(owner_id: str, chat_id: str) -> Any:
-    return and_(chats.c.id == chat_id, chats.c.owner_id == owner_id, chats.c.deleted_at.is_(None))
+async def _all(connection: AsyncConnection, statement: Any, **values: Any) -> Sequence[Row[Any]]:
+    return (await connection.execute(statement, values)).all()
 
 
 def _not_found() -> NotFound:

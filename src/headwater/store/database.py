@@ -1,5 +1,8 @@
 """The way to PostgreSQL: the engine, time limits, and what its errors mean.
 
+A look-up is one statement by SQLAlchemy, committed by itself. A transaction goes by the driver: its statements
+travel together, as every round trip and every statement of SQLAlchemy's would be on the way of each message.
+
 Nothing here may hang. A server can be stopped, frozen, full, read-only or behind a cut cable, and
 each of these must come out as StoreUnavailable within the caller's wait; data that PostgreSQL will
 never take must come out as RecordRefused, so that it can be set aside.
@@ -14,11 +17,17 @@ import math
 import os
 import select
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, Final, TypeVar
+from dataclasses import dataclass
+from typing import Any, Final, Self, TypeVar
 
 import psycopg
+from psycopg.adapt import AdaptersMap
+from psycopg.rows import namedtuple_row
+from psycopg.types.string import TextLoader
+from sqlalchemy import Executable
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
@@ -33,6 +42,27 @@ T = TypeVar("T")
 _REFUSALS: Final = ("22", "23", "54")
 #: Class 42: the statement does not fit the schema.
 _SCHEMA: Final = "42"
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """SQL as the driver takes it, with its parameters."""
+
+    sql: str
+    values: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, statement: Executable) -> Self:
+        """What SQLAlchemy makes of a statement."""
+        compiled = statement.compile(dialect=PGDialect_psycopg())  # type: ignore[attr-defined, no-untyped-call]
+        return cls(str(compiled), dict(compiled.params))
+
+    def with_values(self, **values: Any) -> Statement:
+        return Statement(self.sql, {**self.values, **values})
+
+
+_BEGIN: Final = Statement("BEGIN", {})
+_COMMIT: Final = Statement("COMMIT", {})
 
 
 def parse_url(url: str) -> URL:
@@ -87,8 +117,36 @@ class _Connection(psycopg.AsyncConnection[Any]):
             twin.shutdown(socket.SHUT_RDWR)
 
 
+class Transaction:
+    """A transaction of several flights; what its last one does not commit is rolled back."""
+
+    def __init__(self, database: Database, connection: psycopg.AsyncConnection[Any]) -> None:
+        self._database = database
+        self._connection = connection
+        self._begun = False
+
+    async def fly(self, *statements: Statement, commit: bool = False) -> list[list[Any]]:
+        """Execute statements in one round trip. Returns the rows of each.
+
+        After an error none of them holds. Raises StoreUnavailable or RecordRefused.
+        """
+        begin = () if self._begun else (_BEGIN,)
+        self._begun = True
+        rows = await self._database.limited(self._fly(*begin, *statements, *((_COMMIT,) if commit else ())))
+        return rows[len(begin) : len(begin) + len(statements)]
+
+    async def _fly(self, *statements: Statement) -> list[list[Any]]:
+        cursors = []
+        async with self._connection.pipeline():
+            for statement in statements:
+                cursor = self._connection.cursor(row_factory=namedtuple_row)
+                await cursor.execute(statement.sql, statement.values)
+                cursors.append(cursor)
+        return [await cursor.fetchall() if cursor.description else [] for cursor in cursors]
+
+
 class Database:
-    """A pool of connections and transactions with a time limit. One event loop uses it."""
+    """A pool of connections, and calls with a time limit. One event loop uses it."""
 
     def __init__(self, url: str, *, pool_size: int, wait: float, clock: Clock) -> None:
         self.wait = wait
@@ -97,7 +155,12 @@ class Database:
         self._clock = clock
         target = parse_url(url)
         options = engine_options(target, wait)
-        options["connect_args"]["async_creator_fn"] = _Connection.connect
+        # Ids are text with us.
+        adapters = AdaptersMap(psycopg.adapters)
+        adapters.register_loader("uuid", TextLoader)
+        options["connect_args"] |= {"async_creator_fn": _Connection.connect, "context": _Adapters(adapters)}
+        # Each statement is its own transaction, unless there is a BEGIN: a look-up is one round trip and not three.
+        options["isolation_level"] = "AUTOCOMMIT"
         self._engine = create_async_engine(target, pool_size=pool_size, max_overflow=0, pool_timeout=wait, **options)
         pool = type(self._engine.pool)
         logging.getLogger(f"{pool.__module__}.{pool.__name__}").addFilter(_one_line)
@@ -107,22 +170,42 @@ class Database:
         await self.limited(self._engine.dispose())
 
     async def run(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-        """One transaction, all of it within the time limit. Raises StoreUnavailable or RecordRefused."""
+        """A look-up, or another single statement, within the time limit. Raises StoreUnavailable or RecordRefused."""
         with self._explained():
-            async with asyncio.timeout(self.wait), self.open() as connection:
+            async with asyncio.timeout(self.wait), self._lent() as connection:
                 return await work(connection)
 
+    async def fly(self, *statements: Statement) -> list[list[Any]]:
+        """One transaction in one round trip. Returns the rows of each statement. Raises as `run`."""
+        async with self.transaction() as transaction:
+            return await transaction.fly(*statements, commit=True)
+
     @asynccontextmanager
-    async def open(self) -> AsyncIterator[AsyncConnection]:
-        """A transaction over several calls; each use of the connection goes through `limited`."""
+    async def transaction(self) -> AsyncIterator[Transaction]:
+        """A transaction of several flights, each within the time limit."""
+        async with self._lent() as connection:
+            raw = await _driver_of(connection)
+            try:
+                yield Transaction(self, raw)
+            except Exception:
+                await self._roll_back(connection, raw)
+                raise
+            await self._roll_back(connection, raw)
+
+    async def _roll_back(self, connection: AsyncConnection, raw: psycopg.AsyncConnection[Any]) -> None:
+        """Undo what was not committed; costs nothing when all was."""
+        # The first error is the one to tell. A connection that cannot even roll back is given up by `limited`.
+        with contextlib.suppress(StoreUnavailable):
+            await self.limited(raw.rollback())
+        if raw.closed:
+            await connection.invalidate()
+
+    @asynccontextmanager
+    async def _lent(self) -> AsyncIterator[AsyncConnection]:
         connection = await self.limited(self._connect())
         try:
             yield connection
-            await self.limited(connection.commit())
         except Exception:
-            # The first error is the one to tell. A connection that cannot even roll back is given up by `limited`.
-            with contextlib.suppress(StoreUnavailable):
-                await self.limited(connection.rollback())
             raise
         except BaseException:
             await connection.invalidate()
@@ -149,11 +232,23 @@ class Database:
         """A connection from the pool that was not closed behind our back."""
         while True:
             connection = await self._engine.connect()
-            raw = (await connection.get_raw_connection()).driver_connection
-            if not _has_news(raw.pgconn.socket):  # type: ignore[union-attr]
+            if not _has_news((await _driver_of(connection)).pgconn.socket):
                 return connection
             await connection.invalidate()
             await connection.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Adapters:
+    """What psycopg takes for the context of a new connection."""
+
+    adapters: AdaptersMap
+    connection: None = None
+
+
+async def _driver_of(connection: AsyncConnection) -> psycopg.AsyncConnection[Any]:
+    raw: Any = (await connection.get_raw_connection()).driver_connection
+    return raw  # type: ignore[no-any-return]
 
 
 def _one_line(record: logging.LogRecord) -> bool:
@@ -181,19 +276,23 @@ def explained() -> Iterator[None]:
     try:
         yield
     except DBAPIError as error:
+        raise _explain(error.orig or error) from error
+    except psycopg.Error as error:
         raise _explain(error) from error
     except UnicodeError as error:
         raise RecordRefused("PostgreSQL cannot store this text: it is not valid Unicode.") from error
     except TimeoutError as error:
         raise StoreUnavailable("PostgreSQL did not answer in time.") from error
-    except (SQLAlchemyError, psycopg.Error, OSError) as error:
+    except (SQLAlchemyError, OSError) as error:
         raise StoreUnavailable(f"PostgreSQL cannot be used: {_first_line(error)}") from error
 
 
-def _explain(error: DBAPIError) -> StoreUnavailable | RecordRefused:
-    cause = error.orig
+def _explain(cause: BaseException) -> StoreUnavailable | RecordRefused:
+    if isinstance(cause, psycopg.errors.PipelineAborted) and isinstance(cause.__context__, psycopg.Error):
+        # Of several errors of a flight the driver tells the last: that what came behind the first was not executed.
+        cause = cause.__context__
     state = getattr(cause, "sqlstate", None) or ""
-    reason = _first_line(cause or error)
+    reason = _first_line(cause)
     if state.startswith(_REFUSALS) or (not state and isinstance(cause, psycopg.DataError)):
         return RecordRefused(f"PostgreSQL refuses this data: {reason}")
     if state.startswith(_SCHEMA):

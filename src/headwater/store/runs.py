@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import Row, Select, func, select, text
+from sqlalchemy import Row, Select, bindparam, func, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from headwater.clock import to_ms
@@ -13,6 +14,17 @@ from headwater.ids import is_id
 from headwater.runs import Priority, Run, RunState
 from headwater.store.database import Database
 from headwater.store.tables import ACTIVE, runs
+
+_ORDER: Final = (runs.c.created_at, runs.c.id)
+#: The queued and running runs of the chat `chat_id`, oldest first.
+ACTIVE_RUNS: Final = select(runs).where(runs.c.chat_id == bindparam("chat_id"), text(ACTIVE)).order_by(*_ORDER)
+#: The run that the Idempotency-Key `key` of `owner_id` stands for; the earliest, should two hosts have taken it.
+RUN_OF_KEY: Final = (
+    select(runs)
+    .where(runs.c.owner_id == bindparam("owner_id"), runs.c.idempotency_key == bindparam("key"))
+    .order_by(*_ORDER)
+    .limit(1)
+)
 
 
 class Runs:
@@ -30,15 +42,11 @@ class Runs:
         """Every queued or running run of a chat, oldest first."""
         if not is_id(chat_id):
             return []
-        return await self._database.run(lambda connection: active_runs(connection, chat_id))
+        return await self._many(ACTIVE_RUNS, chat_id=chat_id)
 
     async def active_of(self, owner_id: str) -> list[Run]:
         """Every queued or running run of an owner, oldest first."""
         return await self._many(select(runs).where(runs.c.owner_id == owner_id, text(ACTIVE)))
-
-    async def by_key(self, owner_id: str, key: str) -> Run | None:
-        """The run an Idempotency-Key stands for; the earliest, should two hosts have taken the same key."""
-        return await self._one(select(runs).where(runs.c.owner_id == owner_id, runs.c.idempotency_key == key))
 
     async def unfinished(self, *, older_than: float, limit: int) -> list[Run]:
         """Queued or running runs made more than `older_than` seconds ago by PostgreSQL's clock, oldest first."""
@@ -49,21 +57,17 @@ class Runs:
         found = await self._many(statement.limit(1))
         return found[0] if found else None
 
-    async def _many(self, statement: Select[Any]) -> list[Run]:
-        return await self._database.run(lambda connection: _fetch(connection, statement))
+    async def _many(self, statement: Select[Any], **values: Any) -> list[Run]:
+        ordered = statement.order_by(None).order_by(*_ORDER)
+        return await self._database.run(lambda connection: _fetch(connection, ordered, values))
 
 
-async def active_runs(connection: AsyncConnection, chat_id: str) -> list[Run]:
-    """The queued and running runs of a chat, oldest first."""
-    return await _fetch(connection, select(runs).where(runs.c.chat_id == chat_id, text(ACTIVE)))
+async def _fetch(connection: AsyncConnection, statement: Select[Any], values: Mapping[str, Any]) -> list[Run]:
+    return [run_of(row) for row in (await connection.execute(statement, values)).all()]
 
 
-async def _fetch(connection: AsyncConnection, statement: Select[Any]) -> list[Run]:
-    ordered = statement.order_by(runs.c.created_at, runs.c.id)
-    return [_run(row) for row in (await connection.execute(ordered)).all()]
-
-
-def _run(row: Row[Any]) -> Run:
+def run_of(row: Row[Any]) -> Run:
+    """A row of the table as a run."""
     return Run(
         id=row.id,
         kind=row.kind,
