@@ -42,16 +42,26 @@ class History(Protocol):
 class _Channel:
     """One followed run."""
 
-    __slots__ = ("check_at", "confirmed", "followers", "run_id")
+    __slots__ = ("check_at", "confirmed", "followers", "only", "run_id")
 
     def __init__(self, run_id: str, check_at: float) -> None:
         self.run_id = run_id
         #: In order of arrival; a dict, because leaving must not cost the number of readers.
         self.followers: dict[Subscription, None] = {}
+        #: The follower of a run that has one only, as most have: a look into the dict is much of a message's way.
+        self.only: Subscription | None = None
         #: The feed's subscription stands.
         self.confirmed = False
         #: Loop time at which the watchdog looks after it.
         self.check_at = check_at
+
+    def add(self, subscription: Subscription) -> None:
+        self.only = subscription if not self.followers else None
+        self.followers[subscription] = None
+
+    def remove(self, subscription: Subscription) -> None:
+        del self.followers[subscription]
+        self.only = next(iter(self.followers)) if len(self.followers) == 1 else None
 
 
 class Hub(Service):
@@ -102,7 +112,7 @@ class Hub(Service):
             channel = _Channel(run_id, self._loop.time() + min(UNCONFIRMED, self._watchdog))
             self._channels[run_id] = channel
             self._feed.follow(run_id)
-        channel.followers[subscription] = None
+        channel.add(subscription)
         self._readers += 1
         self.telemetry.gauge("headwater_readers", self._readers)
         if channel.confirmed:
@@ -114,7 +124,7 @@ class Hub(Service):
         channel = self._channels.get(subscription.run_id)
         if channel is None or subscription not in channel.followers:
             return
-        del channel.followers[subscription]
+        channel.remove(subscription)
         self._readers -= 1
         self.telemetry.gauge("headwater_readers", self._readers)
         if not channel.followers:
@@ -166,10 +176,13 @@ class Hub(Service):
             for follower in channel.followers:
                 follower.fall_behind("rewritten")
             return
-        passed_on = False
-        for follower in channel.followers:
-            if follower.offer(batch, now):
-                passed_on = True
+        if channel.only is not None:
+            passed_on = channel.only.offer(batch, now)
+        else:
+            passed_on = False
+            for follower in channel.followers:
+                if follower.offer(batch, now):
+                    passed_on = True
         if passed_on:
             self.delivered(batch.born)
             batch.born = 0

@@ -148,6 +148,7 @@ class Outbox:
     def _write(self) -> None:
         row, self._row = self._row, []
         for transport, chunk in row:
+            # Its reader may have left; the stream is told of that in another way.
             if not transport.is_closing():
                 transport.write(chunk)
 
@@ -168,15 +169,14 @@ class _Push:
         self._stream = stream
 
     def __call__(self, batch: Batch) -> bool:
-        transport = self._transport
-        if self._flow.write_paused or batch.size > SMALL or transport.is_closing():
+        if self._flow.write_paused or batch.size > SMALL:
             return False
         # As `Batch.encoded` does, without a further call for each of a run's readers.
         chunk = batch.encodings.get(self._name) if self._shared else self._chunk(batch)
         if chunk is None:
             chunk = batch.encodings[self._name] = self._chunk(batch)
         if chunk:
-            self._outbox.put(transport, chunk)
+            self._outbox.put(self._transport, chunk)
             if self._stream is not None:
                 self._stream.wrote_at = asyncio.get_running_loop().time()
         return True
