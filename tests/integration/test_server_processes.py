@@ -20,7 +20,9 @@ from headwater.dev.console import Console
 from headwater.dev.part import PartFailed, Program
 from headwater.dev.ports import PortTaken, leave_out, listen, listen_each
 from headwater.ids import new_id
-from support.reader import Reader, ask
+from support.openai_scenarios import Scenario, Step, chunk
+from support.openai_server import OpenAIServer
+from support.reader import Reader, ask, row_of
 from support.stack import Stack, StackMaker
 from support.wait import eventually
 
@@ -35,9 +37,9 @@ def ready(stack: Stack) -> dict[str, int]:
     }
 
 
-async def answering(stack: Stack) -> set[str]:
-    """The processes that named themselves in their metrics, over some connections of one's own each."""
-    found: set[str] = set()
+async def readers_of(stack: Stack) -> dict[str, int]:
+    """Open streams of the processes that named themselves in their metrics, over some connections of one's own each."""
+    found: dict[str, int] = {}
     for _ in range(20):
         async with httpx.AsyncClient(trust_env=False) as http:
             try:
@@ -47,28 +49,52 @@ async def answering(stack: Stack) -> set[str]:
         # Every series of an answer is of the one process that gave it.
         (name,) = {*re.findall(r'process="(\d)"', text)}
         assert len(re.findall(r"^headwater_\S+ ", text, re.MULTILINE)) == text.count('process="')
-        found.add(name)
+        counts = re.findall(r"^headwater_readers\{.*\} (\S+)$", text, re.MULTILINE)
+        found[name] = sum(int(float(count)) for count in counts)
     return found
 
 
-async def test_several_server_processes_share_an_address_and_end_as_one(make_stack: StackMaker) -> None:
+async def test_several_server_processes_share_an_address_and_end_as_one(
+    make_stack: StackMaker, openai_server: OpenAIServer
+) -> None:
     stack = await make_stack(settings={"HEADWATER_SERVER_WORKERS": "3"})
     await eventually(lambda: len(ready(stack)) == 3, 60)
     first = ready(stack)
+    name = f"half-{new_id()}"
+    halves: list[Step] = [{"chunk": chunk("One half, ")}, {"wait": name}, {"chunk": chunk("the other.")}]
+    openai_server.scenarios[name] = Scenario([*halves, {"chunk": chunk(finish="stop")}])
+    async with stack.client() as http:
+        accepted = await ask(http, f"Go on. [[scenario:{name}]]")
+    readers = [Reader(stack.base_url, accepted["task_id"]) for _ in range(12)]
+    reading = [asyncio.create_task(reader.read()) for reader in readers]
+    streams: dict[str, int] = {}
+
+    async def all_read() -> bool:
+        streams.update(await readers_of(stack))
+        return set(streams) == {"1", "2", "3"} and sum(streams.values()) == len(readers)
+
+    await eventually(all_read, 30)
+    await eventually(lambda: [reader.text for reader in readers] == ["One half, "] * len(readers))
+    # One that dies takes its connections along, and nothing else; another takes its place.
+    dead = max(streams, key=lambda number: streams[number])
+    os.kill(first[dead], signal.SIGKILL)
+
+    def all_are_back() -> bool:
+        return sum(reader.connections > 1 for reader in readers) == streams[dead]
+
+    await eventually(all_are_back)
+    openai_server.release(name)
+    await asyncio.gather(*reading)
+    assert all_are_back()
+    assert {reader.text for reader in readers} == {"One half, the other."}
+    assert not any(event["type"] == "reset" for reader in readers for event in reader.events)
+    assert row_of(stack, accepted["message_id"]) == ("done", "One half, the other.")
+    await eventually(lambda: ready(stack)[dead] != first[dead], 30)
+    assert {n: pid for n, pid in ready(stack).items() if n != dead} == {n: first[n] for n in first if n != dead}
 
     async def all_answer() -> bool:
-        return await answering(stack) == {"1", "2", "3"}
+        return set(await readers_of(stack)) == {"1", "2", "3"}
 
-    await eventually(all_answer, 30)
-    async with stack.client() as http:
-        accepted = await ask(http, f"Go on {new_id()} [[words:60]] [[rate:30]]")
-    readers = [Reader(stack.base_url, accepted["task_id"]) for _ in range(6)]
-    # One that dies takes its connections along, and nothing else; another takes its place.
-    os.kill(first["2"], signal.SIGKILL)
-    for reader in readers:
-        assert (await reader.read()).end == "done"
-    await eventually(lambda: ready(stack)["2"] != first["2"], 30)
-    assert {name: pid for name, pid in ready(stack).items() if name != "2"} == {"1": first["1"], "3": first["3"]}
     await eventually(all_answer, 30)
     pids = [*ready(stack).values()]
     await stack.server.terminate(PATIENCE)
