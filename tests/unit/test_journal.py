@@ -20,7 +20,7 @@ import pytest_asyncio
 from headwater.clock import FrozenClock
 from headwater.errors import ChatBusy, JournalBusy, JournalDamaged, JournalUnavailable, RecordRefused
 from headwater.ids import new_id
-from headwater.journal import Journal, Key
+from headwater.journal import Journal, Key, wal
 from headwater.journal import file as journal_file
 from headwater.journal.salvage import salvage
 from headwater.messages import Chat, Message, Role
@@ -236,7 +236,7 @@ _RACER = """
 import asyncio, sys
 from pathlib import Path
 from headwater.clock import SystemClock
-from headwater.journal import Journal, Key
+from headwater.journal import Journal, Key, wal
 from headwater.messages import Message, Role
 from headwater.ids import new_id
 from headwater.records import Record
@@ -770,6 +770,87 @@ async def test_a_write_ahead_log_that_cannot_be_read_is_not_ignored(case: Case) 
     error = await refused(case)
     assert (error.code, "write-ahead log cannot be read" in str(error)) == ("journal_damaged", True)
     assert case.path.with_name("journal.db-wal").read_bytes() == log
+
+
+async def cut_off(case: Case, records: Sequence[Record]) -> bytes:
+    """The journal as a power failure leaves it, each record with a commit of its own. Gives the write-ahead log."""
+    for record in records:
+        await case.journal.append([record])
+    file, log = case.content(), case.path.with_name("journal.db-wal").read_bytes()
+    await case.journal.close()
+    case.path.write_bytes(file)
+    return log
+
+
+#: Bytes of a frame of the write-ahead log.
+FRAME = 24 + 4096
+
+
+def commits(log: bytes) -> list[int]:
+    """The numbers of the frames that end a commit, from 0."""
+    heads = range(32, len(log), FRAME)
+    return [number for number, at in enumerate(heads) if log[at + 4 : at + 8] != bytes(4)]
+
+
+def spoilt(log: bytes, frame: int, at: int = 2000) -> bytes:
+    changed = bytearray(log)
+    changed[32 + frame * FRAME + at] ^= 1
+    return bytes(changed)
+
+
+async def test_a_write_ahead_log_is_damaged_where_commits_follow_what_is_wrong(case: Case) -> None:
+    log = await cut_off(case, [said("x" * 3000) for _ in range(5)])
+    path, ends = case.path.with_name("spoilt"), commits(log)
+    assert (len(log) - 32) // FRAME == ends[-1] + 1
+    for frame in range(ends[-1] + 1):
+        path.write_bytes(spoilt(log, frame))
+        # The last commit may have been cut off: nobody can tell.
+        assert bool(wal.damage(path)) is (frame <= ends[-2])
+        # Where what is wrong hides that a commit ended there, it takes one more behind it.
+        path.write_bytes(spoilt(log, frame, 9))
+        assert bool(wal.damage(path)) is (frame <= ends[-2] and frame != ends[-2])
+        path.write_bytes(log[: 32 + frame * FRAME + 2000])
+        assert not wal.damage(path)
+
+
+async def test_a_write_ahead_log_that_is_damaged_in_the_middle_is_refused_and_salvaged(case: Case) -> None:
+    records = [said(f"number {number}") for number in range(30)]
+    log = await cut_off(case, records)
+    damaged = spoilt(log, commits(log)[12])
+    beside = case.path.with_name("journal.db-wal")
+    beside.write_bytes(damaged)
+    error = await refused(case)
+    assert (error.code, "of its write-ahead log is wrong" in str(error)) == ("journal_damaged", True)
+    assert beside.read_bytes() == damaged
+
+    assert salvage(case.path, "now").records >= 29
+    assert case.path.with_name("journal.db.damaged-now-wal").read_bytes() == damaged
+    later = case.another()
+    await later.open()
+    kept = ids([entry.record for entry in await later.unsynced(100)])
+    await later.close()
+    assert kept[-15:] == ids(records[-15:])
+
+
+async def test_a_commit_that_was_cut_off_is_no_damage(case: Case) -> None:
+    records = [said() for _ in range(5)]
+    log = await cut_off(case, records)
+    case.path.with_name("journal.db-wal").write_bytes(log[:-100])
+    later = case.another()
+    await later.open()
+    assert ids([entry.record for entry in await later.unsynced(100)]) == ids(records[:-1])
+    await later.close()
+
+
+async def test_a_write_ahead_log_that_was_read_while_it_was_written_is_looked_at_again(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = await cut_off(case, [said() for _ in range(5)])
+    # The writer was in the middle of a frame when it was read, and two commits further before the end was.
+    for frame in range(3):
+        reads = iter([spoilt(log, frame), spoilt(log, frame + 1), log])
+        monkeypatch.setattr(wal, "_content", lambda path, reads=reads: next(reads))
+        assert not wal.damage(case.path)
 
 
 async def test_a_file_whose_first_page_is_lost_is_refused_and_stays_where_it_is(case: Case) -> None:

@@ -24,14 +24,13 @@ from headwater.errors import (
     JournalUnavailable,
     RecordRefused,
 )
+from headwater.journal import wal
 
 #: SQLite up to 3.51.2 can lose committed transactions in WAL mode with several connections.
 OLDEST_SQLITE: Final = (3, 51, 3)
 #: Marks the file as ours ("hwjr"), and the layout of its tables.
 APPLICATION_ID: Final = 0x68776A72
 LAYOUT: Final = 3
-#: How a write-ahead log of SQLite's begins.
-_WAL_MAGIC: Final = (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83")
 #: Seconds a writer waits for another process's commit.
 BUSY_WAIT: Final = 5.0
 #: Bytes to which the write-ahead log is cut back after a checkpoint.
@@ -160,12 +159,11 @@ class JournalFile:
             raise unavailable(
                 f"The journal {self.path} cannot be written. Check its owner and mode.", "journal_unwritable"
             )
-        # Before SQLite sees it: it deletes the write-ahead log of an empty file, and ignores one that it cannot read.
+        # Before SQLite sees it: it deletes the write-ahead log of an empty file, and ignores what it cannot read.
         if self.path.stat().st_size == 0:
             raise damaged(self.path, "the file is empty")
-        log = _head(self.path.with_name(f"{self.path.name}-wal"))
-        if log and log not in _WAL_MAGIC:
-            raise damaged(self.path, "its write-ahead log cannot be read")
+        if wrong := wal.damage(self.path.with_name(f"{self.path.name}-wal")):
+            raise damaged(self.path, wrong)
         connection = self.connect()
         try:
             self._check(connection)
@@ -208,15 +206,6 @@ class JournalFile:
         if connection.pragma("user_version") < LAYOUT:
             with connection:
                 connection.execute(f"{_CANCELS} PRAGMA user_version = {LAYOUT};")
-
-
-def _head(path: Path) -> bytes:
-    """The first four bytes; fewer of a file that has not got them, or is not there."""
-    try:
-        with path.open("rb") as file:
-            return file.read(4)
-    except FileNotFoundError:
-        return b""
 
 
 def apsw_version() -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import apsw
 
+from headwater.journal import wal
 from headwater.journal.file import JournalFile, damaged, explained, unavailable
 
 _READ: Final = ("", "-wal")
@@ -65,6 +66,9 @@ def salvage(path: Path, stamp: str) -> Salvaged:
         if not copy.stat().st_size:
             # With a page, of whatever, SQLite reads the log beside it.
             os.truncate(copy, 4096)
+        log = Path(f"{copy}-wal")
+        if wal.damage(log):
+            wal.fold_in(copy, log)
         _remove(fresh)
         try:
             with explained(path):
