@@ -11,12 +11,13 @@ from headwater.api.graph import Graph
 from headwater.intake.checks import KEY_PATTERN
 
 
-def _graph(request: Request) -> Graph:
+# `async`, though they wait for nothing: FastAPI calls what is not in a thread of its own.
+async def _graph(request: Request) -> Graph:
     graph: Graph = request.app.state.graph
     return graph
 
 
-def _caller(request: Request) -> Caller:
+async def _caller(request: Request) -> Caller:
     caller: Caller = request.state.caller
     return caller
 
