@@ -12,7 +12,7 @@ id of its Celery task.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Final
 
@@ -128,7 +128,8 @@ class Run:
 
     def to_json(self) -> dict[str, Any]:
         """Every field as JSON values. `from_json` reads it back."""
-        return {**asdict(self), "waits_for": list(self.waits_for)}
+        # Not `asdict`, which copies the whole input, several times on the way of every message.
+        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {"waits_for": list(self.waits_for)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Run:
