@@ -62,7 +62,7 @@ class Window:
 
     @property
     def load_core(self) -> float:
-        """What surrounds the server: Redis, the publisher and the readers' client. On two cores they share one."""
+        """What surrounds the server: publisher and client on a core of their own, and Redis wherever there is room."""
         return self.redis_core + self.publisher_core + self.client_core
 
     @property
