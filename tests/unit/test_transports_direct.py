@@ -18,7 +18,7 @@ from headwater.formats.base import Format
 from headwater.formats.native import Native
 from headwater.hub import Batch
 from headwater.transports.base import Send, Stream
-from headwater.transports.direct import ROW, SMALL, Outbox, direct, hangup
+from headwater.transports.direct import ROW, ROW_BYTES, SMALL, Outbox, direct, hangup
 
 
 class Transport:
@@ -40,6 +40,9 @@ class Transport:
 
     def is_closing(self) -> bool:
         return self.closed
+
+    def abort(self) -> None:
+        self.closed = True
 
 
 async def response() -> tuple[Any, Transport]:
@@ -177,6 +180,37 @@ async def test_a_reader_that_leaves_before_its_turn_disturbs_nobody() -> None:
     gone.closed = True
     await asyncio.sleep(0)
     assert transport.written == b"b"
+
+
+async def test_a_reader_that_takes_nothing_is_known_as_such_before_much_waits_for_it() -> None:
+    cycle, transport = await response()
+    outbox = Outbox()
+    make = direct(cycle.send, outbox)
+    assert make is not None
+    push = make(Native())
+
+    def write(data: bytes) -> None:
+        transport.written += data
+        cycle.flow.pause_writing()
+
+    transport.write = write  # type: ignore[method-assign]
+    large = batch("x" * (SMALL - 200))
+    taken = [push(large) for _ in range(ROW)]
+    await asyncio.sleep(0)
+    assert not all(taken)
+    assert ROW_BYTES <= len(transport.written) <= ROW_BYTES + 2 * SMALL
+
+
+async def test_a_write_that_fails_cuts_its_reader_and_no_other() -> None:
+    class Broken(Transport):
+        def write(self, data: bytes) -> None:
+            raise RuntimeError("the handle is closed")
+
+    outbox, transports = Outbox(), [Transport(), Broken(), Transport()]
+    for transport in transports:
+        outbox.put(transport, b"a")
+    await asyncio.sleep(0)
+    assert [(one.written, one.closed) for one in transports] == [(b"a", False), (b"", True), (b"a", False)]
 
 
 def _without(name: str, part: str | None = None) -> Callable[[Any], Any]:

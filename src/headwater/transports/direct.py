@@ -11,6 +11,7 @@ a request that is answered already is let go. Both are a third of an idle reader
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any, Final
@@ -19,10 +20,14 @@ from headwater.formats.base import Format
 from headwater.hub import Batch
 from headwater.transports.base import Receive, Send, Stream
 
+logger = logging.getLogger(__name__)
+
 #: Bytes of events that are written past `send` at once. What is larger waits for a reader that has taken it.
 SMALL: Final = 4096
 #: Writes in a row at most: those who wait for the first should not wait for a thousand others to be read.
 ROW: Final = 64
+#: Bytes after which a row is written: they may all be for one reader, and only a write tells that it takes nothing.
+ROW_BYTES: Final = 16_384
 
 _MODULE: Final = "uvicorn.protocols.http.httptools_impl"
 #: What uvicorn reads of a request whose response has started.
@@ -112,6 +117,7 @@ def _known(send: Send) -> Any:
             and response.chunked_encoding is True
             and response.flow.write_paused in (True, False)
             and callable(response.transport.write)
+            and callable(response.transport.abort)
             and callable(response.transport.is_closing)
         )
     except (AttributeError, KeyError, TypeError):
@@ -131,26 +137,33 @@ class Outbox:
     reads many streams a quarter less.
     """
 
-    __slots__ = ("_row",)
+    __slots__ = ("_row", "_size")
 
     def __init__(self) -> None:
         self._row: list[tuple[Any, bytes]] = []
+        self._size = 0
 
     def put(self, transport: Any, chunk: bytes) -> None:
         """Have the chunk written. Whatever is woken from now on writes after it."""
         row = self._row
         row.append((transport, chunk))
+        self._size += len(chunk)
         if len(row) == 1:
             asyncio.get_running_loop().call_soon(self._write)
-        elif len(row) == ROW:
+        elif len(row) == ROW or self._size >= ROW_BYTES:
             self._write()
 
     def _write(self) -> None:
-        row, self._row = self._row, []
+        row, self._row, self._size = self._row, [], 0
         for transport, chunk in row:
             # Its reader may have left; the stream is told of that in another way.
             if not transport.is_closing():
-                transport.write(chunk)
+                try:
+                    transport.write(chunk)
+                except Exception:
+                    # The rest of the row is for others, who would never learn that it was lost.
+                    logger.exception("a write to a reader failed, and its connection is cut")
+                    transport.abort()
 
 
 class _Push:
