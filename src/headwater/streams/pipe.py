@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections import deque
 from dataclasses import dataclass
 from typing import Any, Final
@@ -25,8 +26,9 @@ RETRIES: Final = 2
 BACKOFF: Final = 0.05
 #: What CLIENT LIST shows.
 NAME: Final = b"headwater-appends"
-#: Answers of a server that is not, or no longer, the one to write to. A new connection may lead to another.
-_ELSEWHERE: Final = ("READONLY", "LOADING", "MASTERDOWN")
+#: Answers of a server that is not, or no longer, the one to write to. A new connection may lead to another. Redis 6.2
+#: says in the middle of a sentence what a script ran into.
+_ELSEWHERE: Final = re.compile("(?:^|-)(?:READONLY|LOADING|MASTERDOWN) ")
 
 
 @dataclass(slots=True)
@@ -122,7 +124,7 @@ class Pipe:
 
     def _deliver(self, batch: list[_Call], replies: list[Any]) -> None:
         for call, reply in zip(batch, replies, strict=True):
-            if isinstance(reply, hiredis.ReplyError) and str(reply).startswith(_ELSEWHERE):
+            if isinstance(reply, hiredis.ReplyError) and _ELSEWHERE.search(str(reply)):
                 self._drop()
             if not call.reply.done():
                 call.reply.set_result(reply)
