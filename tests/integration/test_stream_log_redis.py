@@ -6,8 +6,10 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import orjson
@@ -16,7 +18,7 @@ from redis.asyncio.connection import AbstractConnection
 
 import headwater.streams.redis
 from chaos.proxy import Proxy
-from headwater.errors import LogLost, LogUnavailable
+from headwater.errors import Fenced, LogLost, LogUnavailable
 from headwater.runs import Lease, Run, RunState
 from headwater.streams import connect
 from headwater.streams.base import StreamLog
@@ -120,12 +122,9 @@ class TestOrdinaryAppends:
     """Those that need not extend the lease: `chunk_count` and the times may lag behind them."""
 
     @pytest.fixture
-    async def log(self, world: RedisWorld) -> StreamLog:
+    def log(self, world: RedisWorld) -> StreamLog:
         """One that need not extend a lease for minutes."""
-        log = world.another(lease_seconds=3600)
-        # The first of a process is no ordinary one.
-        await log.append(await log.claim(new_run(), "worker"), numbered(1, 1))
-        return log
+        return world.another(lease_seconds=3600)
 
     async def test_lease_and_fields_are_left_for_the_next_renewal(self, world: RedisWorld, log: StreamLog) -> None:
         run = new_run()
@@ -159,12 +158,26 @@ class TestOrdinaryAppends:
     async def test_the_first_event_makes_a_list_that_expires_with_its_hash(
         self, world: RedisWorld, log: StreamLog
     ) -> None:
+        # The second has not extended this lease before: it is no ordinary one.
+        for writer in (log, world.log):
+            run = new_run()
+            name = f"stream:{{{run.id}}}"
+            lease = await log.claim(run, "worker")
+            await world.raw.expire(f"{name}:metadata", 5_000)
+            await writer.append(lease, numbered(1, 1))
+            assert abs(await world.raw.ttl(f"{name}:chunks") - await world.raw.ttl(f"{name}:metadata")) < 100
+            assert await world.raw.hget(f"{name}:metadata", "chunk_count") == "1"
+
+    @pytest.mark.parametrize("other", [{"epoch": "another"}, {"attempt": 0}, {"holder": "another"}])
+    async def test_epoch_attempt_and_holder_must_all_be_those_of_the_claim(
+        self, world: RedisWorld, log: StreamLog, other: dict[str, Any]
+    ) -> None:
         run = new_run()
-        name = f"stream:{{{run.id}}}"
         lease = await log.claim(run, "worker")
-        await world.raw.expire(f"{name}:metadata", 5_000)
         await log.append(lease, numbered(1, 1))
-        assert 4_900 < await world.raw.ttl(f"{name}:chunks") <= 5_000
+        with pytest.raises(Fenced):
+            await log.append(replace(lease, **other), numbered(2, 2))
+        assert await world.events(run.id) == numbered(1, 1)
 
     async def test_an_heir_goes_on_behind_events_that_the_hash_does_not_count_yet(
         self, world: RedisWorld, log: StreamLog

@@ -41,6 +41,7 @@ from headwater.streams.base import (
     new_epoch,
 )
 from headwater.streams.feed import RedisFeed
+from headwater.streams.lately import Lately
 from headwater.streams.pipe import Pipe
 from headwater.streams.scripts import Command, Scripts
 
@@ -91,9 +92,8 @@ class RedisStreamLog(StreamLog):
         # Any: redis-py leaves `execute_command`, which all here goes through, without types.
         self._redis: Any = Redis.from_pool(pool)
         self._pipe = Pipe(url, connect=CONNECT_TIMEOUT, answer=ANSWER_TIMEOUT, call=CALL_TIMEOUT)
-        #: Runs whose lease a claim or an append extended in this tenth of a lease, and the loop time at which it ends.
-        self._extended: set[str] = set()
-        self._tenth_ends = 0.0
+        #: Runs whose lease a claim or an append extended in this tenth of a lease.
+        self._extended = Lately(lease_seconds / 10)
 
     # --- the writer -----------------------------------------------------------------------------
 
@@ -119,7 +119,7 @@ class RedisStreamLog(StreamLog):
         return Lease(run.id, attempt, holder, epoch.decode(), length, bool(cancelled))
 
     async def append(self, lease: Lease, events: Sequence[Event]) -> Appended:
-        if self._is_ordinary(lease, events):
+        if lease.run_id in self._extended and events[-1].type not in ENDS and len(events) <= MANY:
             count = await self._say(self._append_command(lease, events))
             if count is not None:
                 return Appended(count, cancelled=False)
@@ -135,13 +135,6 @@ class RedisStreamLog(StreamLog):
         answer = appended(lease, await self._say(extending))
         self._extended.add(lease.run_id)
         return answer
-
-    def _is_ordinary(self, lease: Lease, events: Sequence[Event]) -> bool:
-        now = asyncio.get_running_loop().time()
-        if now >= self._tenth_ends:
-            self._extended.clear()
-            self._tenth_ends = now + self._lease_ms / 10_000
-        return lease.run_id in self._extended and events[-1].type not in ENDS and len(events) <= MANY
 
     def _append_command(self, lease: Lease, events: Sequence[Event]) -> Command:
         """An ordinary append, as nearly all are. Its answer is nil when it turns out to be none."""
