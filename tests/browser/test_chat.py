@@ -188,7 +188,9 @@ async def test_a_second_question_waits_for_the_answer(visitor: Visitor) -> None:
     await expect(visitor.questions).to_have_count(2)
 
 
-async def test_where_messages_may_wait_a_second_question_is_shown_waiting_and_answered(visitor: Visitor) -> None:
+async def lets_wait(visitor: Visitor) -> None:
+    """As with HEADWATER_WHEN_BUSY=enqueue, which the servers of these tests are not started with."""
+
     async def patient(route: Route) -> None:
         answer = await route.fetch()
         await route.fulfill(response=answer, json={**await answer.json(), "when_busy": "enqueue"})
@@ -197,10 +199,13 @@ async def test_where_messages_may_wait_a_second_question_is_shown_waiting_and_an
         asked = json.loads(route.request.post_data or "{}")
         await route.continue_(post_data={**asked, "when_busy": "enqueue"})
 
-    # As with HEADWATER_WHEN_BUSY=enqueue, which the servers of these tests are not started with.
     await visitor.page.route("**/api/health", patient)
     await visitor.page.route(re.compile(r"/api/chats/[^/]+/messages$"), enqueue)
     await visitor.page.reload()
+
+
+async def test_where_messages_may_wait_a_second_question_is_shown_waiting_and_answered(visitor: Visitor) -> None:
+    await lets_wait(visitor)
     await visitor.ask("Slow " + visitor.script("…", {"wait": "first-answer"}, " done"))
     await visitor.answering()
     await visitor.ask("And then?")
@@ -210,6 +215,21 @@ async def test_where_messages_may_wait_a_second_question_is_shown_waiting_and_an
     await expect(visitor.answers.first).to_contain_text("done")
     await visitor.finished()
     await expect(visitor.answers.last).not_to_contain_text("Waits")
+
+
+async def test_a_question_that_waits_can_be_cancelled_by_keyboard_also_after_a_reload(visitor: Visitor) -> None:
+    await lets_wait(visitor)
+    await visitor.ask("Slow " + visitor.script("…", {"wait": "before-the-cancelled"}, " done"))
+    await visitor.answering()
+    await visitor.ask("Never mind")
+    await expect(visitor.answers).to_have_count(2)
+    await visitor.page.reload()
+    await visitor.page.get_by_role("button", name="Cancel this question").press("Enter")
+    await expect(visitor.answers.last).to_contain_text("You stopped this answer.")
+    visitor.let("before-the-cancelled")
+    await expect(visitor.answers.first).to_contain_text("done")
+    await visitor.finished()
+    await expect(visitor.answers.last).to_contain_text("You stopped this answer.")
 
 
 async def test_a_chat_that_answers_elsewhere_says_so_and_loses_nothing(visit: Visit) -> None:

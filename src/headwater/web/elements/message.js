@@ -14,7 +14,7 @@ function Thinking({ message, busy, coloured }) {
   </details>`;
 }
 
-function Waiting({ message, stopping }) {
+function Waiting({ app, chatId, message, stopping }) {
   const reason = message.queued ? "Waits for the answer before it…" : message.waiting && "Waiting for a free worker…";
   const words = stopping ? "Stopping…" : message.notice || reason;
   const percent = Math.round((message.progress ?? 0) * 100);
@@ -22,6 +22,11 @@ function Waiting({ message, stopping }) {
     <span class="dots" aria-hidden="true"><i></i><i></i><i></i></span>
     <span>${words || html`<span class="visually-hidden">Answering</span>`}</span>
     ${percent > 0 && percent < 100 && html`<progress max="100" value=${percent} aria-label=${message.stage ?? "Progress"}></progress>`}
+    ${
+      message.queued &&
+      html`<button type="button" class="button" aria-label="Cancel this question" disabled=${stopping}
+      onClick=${() => app.stop(message.run_id, chatId)}>Cancel</button>`
+    }
   </p>`;
 }
 
@@ -134,7 +139,7 @@ export const Answer = memo(function Answer({ app, chatId, message, siblings, ind
   return html`<article class="message answer ${message.status}" aria-label="Assistant" aria-busy=${busy}>
     ${message.reasoning && html`<${Thinking} message=${message} busy=${busy} coloured=${coloured} />`}
     ${message.content && html`<${Markdown} text=${message.content} finished=${!busy} coloured=${coloured} />`}
-    ${busy && (!(message.content || message.reasoning) || message.notice || stopping) && html`<${Waiting} message=${message} stopping=${stopping} />`}
+    ${busy && (!(message.content || message.reasoning) || message.notice || stopping) && html`<${Waiting} app=${app} chatId=${chatId} message=${message} stopping=${stopping} />`}
     ${busy && message.content && html`<span class="caret" aria-hidden="true"></span>`}
     ${message.status === "cancelled" && html`<p class="note">You stopped this answer.</p>`}
     ${message.status === "failed" && html`<${Failure} error=${message.error} onRetry=${retry} />`}

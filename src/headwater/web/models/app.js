@@ -138,8 +138,10 @@ export class App {
     });
   }
 
-  async stop(runId) {
+  async stop(runId, chatId = this.current) {
     this.stopping.add(runId);
+    // One that waits behind an answer is not followed after a reload, and its end must be heard.
+    this.#follow(runId, chatId);
     this.#changed();
     const sent = await this.#tell(() => persistently("POST", `/api/task/${runId}/cancel`));
     if (!sent) this.stopping.delete(runId);
