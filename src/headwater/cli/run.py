@@ -77,7 +77,9 @@ def server(
 
     from headwater.api.app import create_app
     from headwater.api.server import Server, configure
+    from headwater.threads import take_turns
 
+    take_turns()
     application = create_app(settings, process)
     address, bound = listener.getsockname()[:2]
     logging.getLogger("headwater.server").info("listening on %s port %d", address, bound)

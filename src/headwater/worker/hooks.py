@@ -22,6 +22,7 @@ from celery import signals
 
 from headwater.errors import SettingsError
 from headwater.settings import Settings
+from headwater.threads import take_turns
 from headwater.worker import collector
 from headwater.worker.runtime import Runtimes
 
@@ -71,6 +72,7 @@ class Hooks:
     def worker_process_init(self, **_: Any) -> None:
         """In a child of the prefork pool, in the solo pool's only process, on the asyncio pool's loop."""
         collector.relieve()
+        take_turns()
         self._runtimes.here()
         if self._pipe is not None and not self._pipe.ours:
             # Every child inherits the writing end as well; the parent's must be the only one.
@@ -82,6 +84,7 @@ class Hooks:
         pool = type(sender.pool).__module__
         if pool == "celery.concurrency.thread":
             collector.relieve()
+            take_turns()
             self._runtimes.here()
         elif pool == "celery.concurrency.prefork" and self._settings.worker_metrics_port:
             logger.warning(
