@@ -21,7 +21,7 @@ from chaos.proxy import Proxy
 from headwater.errors import Fenced, LogLost, LogUnavailable
 from headwater.runs import Lease, Run, RunState
 from headwater.streams import connect
-from headwater.streams.base import StreamLog
+from headwater.streams.base import Appended, Renewed, StreamLog
 from headwater.streams.batch import Batch
 from headwater.streams.packing import FRAME_BYTES
 from headwater.streams.redis import RedisStreamLog
@@ -290,6 +290,81 @@ class TestLosses:
             assert (await world.log.restore(lease, run, numbered(1, 4))).count == 4
             assert seqs(await world.events(run.id)) == [1, 2, 3, 4]
             await world.close()
+
+
+class TestForeign:
+    """Something else has written under the name of a run's key: that is thrown away, and nobody else's trouble."""
+
+    async def spoil(self, world: RedisWorld, run: Run, key: str) -> None:
+        name = f"stream:{{{run.id}}}:{key}"
+        await world.raw.delete(name)
+        await world.raw.sadd(name, "foreign")
+
+    @pytest.mark.parametrize("key", ["metadata", "chunks", "run"])
+    async def test_whoever_is_due_is_found(self, world: RedisWorld, key: str, caplog: pytest.LogCaptureFixture) -> None:
+        spoiled, other = new_run(), new_run()
+        for run in (spoiled, other):
+            await world.log.open(run, 0)
+        await self.spoil(world, spoiled, key)
+        found = {due.run_id: due.run for due in await world.log.due(10)}
+        # Without a run it is forgotten, and its row brings it back.
+        assert found == {spoiled.id: None if key == "run" else spoiled, other.id: other}
+        assert f"stream:{{{spoiled.id}}}:{key}" in caplog.text
+        assert await world.log.due(10)
+
+    @pytest.mark.parametrize(("key", "value"), [("run", "{}"), ("run", "what?"), ("metadata", "what?")])
+    async def test_what_cannot_be_read_hides_nobody_who_is_due(self, world: RedisWorld, key: str, value: str) -> None:
+        spoiled, other = new_run(), new_run()
+        for run in (spoiled, other):
+            await world.log.open(run, 0)
+        if key == "run":
+            await world.raw.set(f"stream:{{{spoiled.id}}}:run", value)
+        else:
+            await world.raw.hset(f"stream:{{{spoiled.id}}}:metadata", "status", value)
+        assert {due.run_id: due.run for due in await world.log.due(10)} == {spoiled.id: None, other.id: other}
+
+    @pytest.mark.parametrize("key", ["metadata", "chunks"])
+    async def test_its_holder_writes_it_again_and_others_notice_nothing(self, world: RedisWorld, key: str) -> None:
+        run, other = new_run(), new_run()
+        lease, unharmed = await world.written(run, 3), await world.written(other, 3)
+        await self.spoil(world, run, key)
+        assert (await world.log.renew([lease, unharmed]))[1] is Renewed.HELD
+        assert (await world.log.metas([run.id, other.id]))[1] is not None
+        await self.spoil(world, run, key)
+        answers = await asyncio.gather(
+            *(world.log.append(one, numbered(4, 4)) for one in (lease, unharmed)), return_exceptions=True
+        )
+        assert [type(answer) for answer in answers] == [LogLost, Appended]
+        await self.spoil(world, run, key)
+        assert (await world.log.restore(lease, run, numbered(1, 4))).count == 4
+        page = await world.log.read(run.id, 0, 10)
+        assert page is not None
+        assert (page.epoch, page.events) == (lease.epoch, numbered(1, 4))
+
+    @pytest.mark.parametrize("key", ["metadata", "chunks", "run"])
+    async def test_it_can_be_claimed_under_a_new_epoch(self, world: RedisWorld, key: str) -> None:
+        run = new_run()
+        first = await world.written(run, 3)
+        await world.log.release(first)
+        await self.spoil(world, run, key)
+        heir = await world.log.claim(run, "heir")
+        assert (heir.length, heir.epoch == first.epoch) == ((3, True) if key == "run" else (0, False))
+        assert (await world.log.append(heir, numbered(heir.length + 1, 4))).count == 4
+
+    async def test_one_that_nobody_has_is_announced_and_cancelled(self, world: RedisWorld) -> None:
+        run = new_run()
+        await self.spoil(world, run, "metadata")
+        await world.log.open(run, 10)
+        await self.spoil(world, run, "chunks")
+        meta = await world.log.cancel(run.id)
+        assert meta is not None
+        assert meta.cancelled
+
+    async def test_what_is_nobodys_run_stays(self, world: RedisWorld) -> None:
+        await world.raw.set("headwater:due", "foreign")
+        with pytest.raises(LogUnavailable, match="WRONGTYPE"):
+            await world.log.due(10)
+        assert await world.raw.get("headwater:due") == "foreign"
 
 
 class TestTrouble:

@@ -201,7 +201,7 @@ async def test_a_queued_message_survives_a_redis_that_forgot_everything(house: H
     second = await house.intake.send(ME, chat_id, "two", when_busy=ENQUEUE)
     await drained(house)
     assert isinstance(house.log, RedisStreamLog)
-    await house.log._redis.flushall()
+    await house.log._send(("FLUSHALL",))
     waiting = await house.store.runs.get(second.task_id)
     assert waiting is not None
     house.queue.append(waiting)

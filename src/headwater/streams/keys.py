@@ -18,7 +18,9 @@ The braces are literal: they put all keys of one run into one hash slot of a clu
 
 from __future__ import annotations
 
-from typing import Final
+import re
+from collections.abc import Sequence
+from typing import Any, Final
 
 DUE: Final = "headwater:due"
 WORKERS: Final = "headwater:workers"
@@ -39,6 +41,7 @@ META_FIELDS: Final = (
     "updated_at",
     "lease_until",
 )
+_OF_A_RUN: Final = re.compile(r"stream:\{([^}]+)\}:").match
 
 
 def chunks(run_id: str) -> str:
@@ -55,6 +58,15 @@ def run(run_id: str) -> str:
 
 def behind(run_id: str) -> str:
     return f"stream:{{{run_id}}}:behind"
+
+
+def kinds_beside(command: Sequence[Any]) -> dict[str, bytes]:
+    """The keys of the run that a command names first, with the types they should have; empty when it names none."""
+    named = next((found for part in command if isinstance(part, str) and (found := _OF_A_RUN(part))), None)
+    if named is None:
+        return {}
+    one = named[1]
+    return {metadata(one): b"hash", chunks(one): b"list", run(one): b"string", behind(one): b"set"}
 
 
 def places(owner_id: str, what: str) -> str:

@@ -16,11 +16,6 @@ from typing import Any, Final
 
 import hiredis
 import orjson
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialWithJitterBackoff
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, RedisError
 
 from headwater.errors import LeaseHeld, LogClosed, LogUnavailable
 from headwater.events import Event
@@ -40,6 +35,7 @@ from headwater.streams.base import (
     StreamLog,
     new_epoch,
 )
+from headwater.streams.calls import ANSWER_TIMEOUT, CALL_TIMEOUT, CONNECT_TIMEOUT, Calls
 from headwater.streams.feed import RedisFeed
 from headwater.streams.lately import Lately
 from headwater.streams.pipe import Pipe
@@ -47,13 +43,6 @@ from headwater.streams.scripts import Command, Scripts
 
 logger = logging.getLogger(__name__)
 
-#: Seconds to connect, to wait for one answer, and for a call with all its tries.
-CONNECT_TIMEOUT: Final = 1.5
-ANSWER_TIMEOUT: Final = 2.0
-CALL_TIMEOUT: Final = 3.0
-#: Tries after a connection that turned out to be broken. A time-out is not tried again: the server is not there.
-RETRIES: Final = 2
-CONNECTIONS: Final = 32
 #: Bytes of an append above which it travels alone, so that nobody waits for it.
 LARGE: Final = 65_536
 #: Events of an append above which it is none of the ordinary ones.
@@ -80,17 +69,8 @@ class RedisStreamLog(StreamLog):
         self._compress_over = compress_over
         self._compress_after_ms = round(compress_after * 1000)
         self._scripts = Scripts()
-        pool: BlockingConnectionPool = BlockingConnectionPool.from_url(
-            url,
-            max_connections=CONNECTIONS,
-            timeout=CALL_TIMEOUT,
-            # RESP2: the same answers from 6.2 to Valkey 9, and no maintenance pushes in between.
-            protocol=2,
-            **timeouts(url),
-            retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.3), RETRIES, (RedisConnectionError,)),
-        )
-        # Any: redis-py leaves `execute_command`, which all here goes through, without types.
-        self._redis: Any = Redis.from_pool(pool)
+        self._calls = Calls(url, self._scripts)
+        self._send = self._calls.send
         self._pipe = Pipe(url, connect=CONNECT_TIMEOUT, answer=ANSWER_TIMEOUT, call=CALL_TIMEOUT)
         #: Runs whose lease a claim or an append extended in this tenth of a lease.
         self._extended = Lately(lease_seconds / 10)
@@ -153,9 +133,9 @@ class RedisStreamLog(StreamLog):
             reply = await self._pipe.send(packed)
             if not isinstance(reply, Exception):
                 return reply
-            if not (isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT")):
+            if not any(word in str(reply) for word in ("NOSCRIPT", "WRONGTYPE")):
                 unavailable(reply)
-        # Also by this way, because it loads the scripts. An append names its place, so nothing overtakes it.
+        # Also by this way, which puts those two right. An append names its place, so nothing overtakes it.
         (reply,) = await self._send(command)
         return reply
 
@@ -255,13 +235,18 @@ class RedisStreamLog(StreamLog):
         ended: list[Meta] = []
         corrections: list[Command] = []
         for run_id, values, length, raw in zip(run_ids, replies[::3], replies[1::3], replies[2::3], strict=True):
-            meta = meta_of(run_id, now, values, length)
+            try:
+                meta = meta_of(run_id, now, values, length)
+                run = Run.from_json(orjson.loads(raw)) if raw else None
+            except (ValueError, KeyError, TypeError):
+                logger.exception("What Redis holds of run %s cannot be read, and counts as lost", run_id)
+                meta = run = None
             if meta is not None and meta.status.terminal:
                 ended.append(meta)
             elif meta is not None and meta.lease_left > 0:
                 corrections.append(("ZADD", keys.DUE, "XX", now + meta.lease_left, run_id))
             else:
-                found.append(Due(run_id, Run.from_json(orjson.loads(raw)) if raw else None, meta))
+                found.append(Due(run_id, run, meta))
         corrections += await self._tidy(ended, now)
         if corrections:
             await self._send(*corrections)
@@ -329,49 +314,12 @@ class RedisStreamLog(StreamLog):
 
     async def close(self) -> None:
         await self._pipe.close()
-        await self._redis.aclose()
+        await self._calls.close()
 
     # --- the wire -------------------------------------------------------------------------------
 
     def _schedule(self, run_id: str, seconds: float, mode: str = "") -> Command:
         return self._scripts.schedule(keys.DUE, run_id, math.ceil(seconds * 1000), self._live_ttl, mode)
-
-    async def _send(self, *commands: Command) -> list[Any]:
-        """All commands in one round trip, their answers in order. Raises LogUnavailable for whatever goes wrong."""
-        try:
-            async with asyncio.timeout(CALL_TIMEOUT):
-                replies = await self._trip(commands)
-                unknown = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
-                if unknown:
-                    # A restart or SCRIPT FLUSH took the scripts: load them and call again what did not run.
-                    await self._trip([("SCRIPT LOAD", script.text) for script in self._scripts.all()])
-                    again = await self._trip([commands[i] for i in unknown])
-                    for i, reply in zip(unknown, again, strict=True):
-                        replies[i] = reply
-        except (RedisError, OSError, TimeoutError, RuntimeError) as error:
-            # uvloop raises RuntimeError on a connection that closed a moment ago, and redis-py passes it on.
-            unavailable(error)
-        for reply in replies:
-            if isinstance(reply, Exception):
-                unavailable(reply)
-        return replies
-
-    async def _trip(self, commands: Sequence[Command]) -> list[Any]:
-        if len(commands) == 1:
-            try:
-                return [await self._redis.execute_command(*commands[0])]
-            except NoScriptError as error:
-                return [error]
-        pipeline = self._redis.pipeline(transaction=False)
-        for command in commands:
-            pipeline.execute_command(*command)
-        return list(await pipeline.execute(raise_on_error=False))
-
-
-def timeouts(url: str) -> dict[str, Any]:
-    timeouts = {"socket_timeout": ANSWER_TIMEOUT, "socket_connect_timeout": CONNECT_TIMEOUT}
-    # A unix socket has no keep-alive, and redis-py refuses to be told of one.
-    return timeouts if url.startswith("unix:") else {**timeouts, "socket_keepalive": True}
 
 
 def _keys(run_id: str) -> tuple[str, str, str]:

@@ -13,7 +13,7 @@ from redis.retry import Retry
 
 from headwater.streams import keys
 from headwater.streams.answers import unavailable
-from headwater.streams.redis import timeouts
+from headwater.streams.calls import timeouts
 from headwater.streams.scripts import Script
 
 
