@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from headwater.clock import Clock
-from headwater.errors import HeadwaterError, Unavailable
+from headwater.errors import LogUnavailable, Unavailable
 from headwater.runs import Run
 from headwater.service import Service
 from headwater.streams.base import Due, Meta, StreamLog
@@ -77,6 +77,8 @@ class Sweeper(Service):
         self._behind: set[str] = set()
         self._rows_at: float | None = None
         self._away: set[str] = set()
+        #: Runs whose trouble was told since the last look at the rows.
+        self._told: set[str] = set()
 
     async def run(self) -> None:
         while True:
@@ -107,6 +109,21 @@ class Sweeper(Service):
         self._away.discard(what)
         return acted
 
+    async def _alone(self, run_id: str, work: Awaitable[int]) -> int:
+        """What one run asks for: its trouble must not keep the sweeper from the others, unless the log is away."""
+        try:
+            return await work
+        except LogUnavailable:
+            raise
+        except Unavailable as error:
+            if run_id not in self._told:
+                logger.warning("Run %s cannot be swept now: %s", run_id, error)
+        except Exception:
+            if run_id not in self._told:
+                logger.exception("Run %s cannot be swept", run_id)
+        self._told.add(run_id)
+        return 0
+
     # --- what the log knows ---------------------------------------------------------------------
 
     async def _sweep_log(self) -> int:
@@ -114,7 +131,7 @@ class Sweeper(Service):
         self._rung = {key: at for key, at in self._rung.items() if now - at < self._grace}
         acted = 0
         for due in await self._log.due(BATCH):
-            acted += await self._ring(due, now)
+            acted += await self._alone(due.run_id, self._ring(due, now))
         return acted
 
     async def _ring(self, due: Due, now: float) -> int:
@@ -155,9 +172,10 @@ class Sweeper(Service):
         runs = await self._unfinished()
         metas = await self._log.metas([run.id for run in runs]) if runs else []
         before, self._behind = self._behind, set()
+        self._told.clear()
         acted = 0
         for run, meta in zip(runs, metas, strict=True):
-            acted += await self._compare(run, meta, before)
+            acted += await self._alone(run.id, self._compare(run, meta, before))
         # The log's index of what may be due can lose an entry, to a flush between two commands or to a full server.
         await self._log.remind([meta.run_id for meta in metas if meta is not None and _unheld(meta)], self._grace)
         return acted
@@ -178,15 +196,7 @@ class Sweeper(Service):
         return await self._mend(run)
 
     async def _mend(self, run: Run) -> int:
-        try:
-            repaired = await self._repair(run)
-        except Unavailable as error:
-            logger.warning("The rows of run %s cannot be made from its log now: %s", run.id, error)
-            return 0
-        except HeadwaterError:
-            # One run must not keep the sweeper from the others.
-            logger.exception("The rows of run %s cannot be made from its log", run.id)
-            return 0
+        repaired = await self._repair(run)
         if repaired is None:
             return 0
         self._acted("repaired")

@@ -177,6 +177,20 @@ async def test_promises_that_take_their_time_do_not_stand_in_the_way_of_others(
         await eventually(ended, 5)
 
 
+async def test_a_promise_that_cannot_be_kept_is_told_once_and_does_not_stand_in_the_way_of_others(
+    redis_url: str, database_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with make_house(redis_url, database_url, tmp_path) as house:
+        # It is no run's id, and comes first.
+        await house.journal.note_cancel("\x00")
+        for _ in range(2):
+            queued = await house.intake.send(ME, (await house.intake.create_chat(ME)).id, "hello")
+            await house.journal.note_cancel(queued.task_id)
+            await house.intake.stops.look()
+            assert (await house.reading.run_view(ME, queued.task_id)).state is RunState.CANCELLED
+    assert len([record for record in caplog.records if "promised cancel" in record.getMessage()]) == 1
+
+
 @pytest.mark.parametrize("also", ["Redis", "Redis and PostgreSQL"])
 async def test_the_call_to_the_model_is_closed_while_redis_is_still_away(
     make_stack: StackMaker, openai_server: OpenAIServer, also: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import pytest
@@ -33,6 +34,7 @@ class Yard:
         self.repaired: list[str] = []
         self.cancelled: list[str] = []
         self.repair_error: Exception | None = None
+        self.cancel_error: Exception | None = None
         self.telemetry = Telemetry()
         self.actions: list[str] = []
         self.telemetry.listen(lambda name, value, labels: self.actions.append(labels["action"]))
@@ -63,6 +65,8 @@ class Yard:
         return run
 
     async def cancel(self, run: Run) -> None:
+        if self.cancel_error is not None:
+            raise self.cancel_error
         self.cancelled.append(run.id)
 
     async def ended(self) -> Run:
@@ -233,6 +237,43 @@ async def test_a_row_that_cannot_be_mended_does_not_keep_the_sweeper_from_others
     assert await yard.log.meta(forgotten.id) is not None
     # A disk that is full is no fault of ours and is told in one line.
     assert not any(record.exc_info for record in caplog.records)
+
+
+@pytest.mark.parametrize(("error", "faults"), [(JournalUnavailable("full"), 0), (RuntimeError("a fault"), 1)])
+async def test_a_cancel_that_fails_is_told_once_and_does_not_keep_the_sweeper_from_others(
+    error: Exception, faults: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    yard = Yard()
+    cancelled, queued = new_run(), new_run()
+    for run in (cancelled, queued):
+        await yard.log.open(run, 1)
+    await yard.log.cancel(cancelled.id)
+    yard.clock.advance(2)
+    yard.cancel_error = error
+    for _ in range(2):
+        await yard.sweeper.sweep(rows=False)
+    assert yard.enqueued == [queued.id]
+    assert [cancelled.id in record.getMessage() for record in caplog.records if record.levelno > logging.INFO] == [True]
+    assert len([record for record in caplog.records if record.exc_info]) == faults
+    yard.cancel_error = None
+    await yard.sweeper.sweep()
+    assert yard.cancelled == [cancelled.id]
+
+
+async def test_a_row_that_cannot_be_compared_does_not_keep_the_sweeper_from_others() -> None:
+    class Odd(MemoryStreamLog):
+        async def open(self, run: Run, grace: float) -> None:
+            if run is odd:
+                raise RuntimeError("a fault")
+            await super().open(run, grace)
+
+    yard = Yard()
+    yard.log = Odd(ttl=3600, lease_seconds=10, clock=yard.clock)
+    yard.sweeper = yard.new_sweeper()
+    odd, other = new_run(), new_run()
+    yard.rows = [odd, other]
+    assert await yard.sweeper.sweep() == 1
+    assert await yard.log.meta(other.id) is not None
 
 
 async def test_the_log_is_swept_while_the_store_is_away_and_the_other_way_round() -> None:
