@@ -106,6 +106,14 @@ class TestKeys:
         assert message["data"] == "\n".join([f"{lease.epoch} 2", *lines[:2]])
         assert rest["data"] == "\n".join([f"{lease.epoch} 4", *lines[2:]])
 
+    async def test_a_revoked_task_is_cancelled_without_a_loop(self, world: RedisWorld) -> None:
+        run = new_run()
+        lease = await world.written(run, 2)
+        with closing(SyncMeta(world.url)) as writer:
+            await asyncio.to_thread(writer.cancel, run.id)
+            await asyncio.to_thread(writer.cancel, new_run().id)
+        assert (await world.log.append(lease, numbered(3, 3))).cancelled
+
     async def test_a_celery_backend_reads_the_state_without_a_loop(self, world: RedisWorld) -> None:
         run = new_run()
         lease = await world.written(run, 2)

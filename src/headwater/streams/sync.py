@@ -41,7 +41,7 @@ class SyncMeta:
     def cancel(self, run_id: str) -> None:
         """Set the flag of a run that has not ended. Raises LogUnavailable."""
         try:
-            self._cancel(keys=[keys.metadata(run_id)], args=["status"])
+            self._cancel(keys=[keys.metadata(run_id), keys.chunks(run_id)], args=["status"])
         except (RedisError, OSError) as error:
             unavailable(error)
 
