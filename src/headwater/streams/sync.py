@@ -28,7 +28,7 @@ class SyncMeta:
             **timeouts(url),
             retry=Retry(NoBackoff(), 1, (RedisConnectionError,)),
         )
-        self._cancel = self._redis.register_script(Script("cancel", 1).text)
+        self._cancel = self._redis.register_script(Script("cancel", 2).text)
 
     def read(self, run_id: str) -> Mapping[str, str]:
         """All fields of `stream:{<run>}:metadata`; empty when the run is unknown. Raises LogUnavailable."""
