@@ -184,7 +184,7 @@ class Database:
     async def transaction(self) -> AsyncIterator[Transaction]:
         """A transaction of several flights, each within the time limit."""
         async with self._lent() as connection:
-            raw = await _driver_of(connection)
+            raw = _driver_of(connection)
             try:
                 yield Transaction(self, raw)
             except Exception:
@@ -232,7 +232,7 @@ class Database:
         """A connection from the pool that was not closed behind our back."""
         while True:
             connection = await self._engine.connect()
-            if not _has_news((await _driver_of(connection)).pgconn.socket):
+            if not _has_news(_driver_of(connection).pgconn.socket):
                 return connection
             await connection.invalidate()
             await connection.close()
@@ -246,8 +246,9 @@ class _Adapters:
     connection: None = None
 
 
-async def _driver_of(connection: AsyncConnection) -> psycopg.AsyncConnection[Any]:
-    raw: Any = (await connection.get_raw_connection()).driver_connection
+def _driver_of(connection: AsyncConnection) -> psycopg.AsyncConnection[Any]:
+    assert connection.sync_connection is not None
+    raw: Any = connection.sync_connection.connection.driver_connection
     return raw  # type: ignore[no-any-return]
 
 
