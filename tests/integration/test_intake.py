@@ -412,6 +412,27 @@ async def test_without_redis_a_message_is_taken(database_url: str, redis_url: st
         await away.close()
 
 
+async def test_who_waits_for_redis_keeps_no_connection_to_postgresql_from_others(
+    redis_url: str, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("headwater.intake.turns.LOG_WAIT", 20)
+    both = asyncio.Barrier(2)
+    async with make_house(redis_url, database_url, tmp_path, db_pool_size=1) as house:
+        chats = [await house.intake.create_chat(ME) for _ in range(2)]
+        await synced(house)
+        opened = house.log.open
+
+        async def slow(run: Run, grace: float) -> None:
+            await both.wait()
+            await opened(run, grace)
+
+        monkeypatch.setattr(house.log, "open", slow)
+        async with asyncio.timeout(15):
+            await asyncio.gather(*(house.intake.send(ME, chat.id, "hello") for chat in chats))
+        assert rows(database_url, "runs") == 2
+    assert "PostgreSQL" not in caplog.text
+
+
 async def test_of_ten_messages_through_two_processes_without_postgresql_one_is_taken(
     redis_url: str, database_url: str, tmp_path: Path, postgres_server: Postgres
 ) -> None:

@@ -236,7 +236,7 @@ _RACER = """
 import asyncio, sys
 from pathlib import Path
 from headwater.clock import SystemClock
-from headwater.journal import Journal, Key, wal
+from headwater.journal import Journal, Key
 from headwater.messages import Message, Role
 from headwater.ids import new_id
 from headwater.records import Record

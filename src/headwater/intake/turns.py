@@ -134,6 +134,7 @@ class Turns:
         if earlier is not None:
             return ask.told(earlier)
         plan: Plan | None = None
+        announcing: asyncio.Task[None] | None = None
         try:
             async with (
                 parts.absence.doubted(ask.chat_id),
@@ -145,10 +146,7 @@ class Turns:
                 plan = outcome
                 # What is in the journal is accepted: its answer need not wait for PostgreSQL.
                 announcing = asyncio.create_task(self._announce(plan.run))
-                try:
-                    await turn.end(plan.records)
-                finally:
-                    await announcing
+                await turn.end(plan.records)
         except (StoreUnavailable, RecordRefused) as error:
             if plan is None:
                 raise
@@ -156,6 +154,10 @@ class Turns:
             logger.warning("a message was journalled but not stored yet: %s", error)
             await self._wake_syncer(plan)
             return plan
+        finally:
+            # Not within the turn: who waits for Redis must not keep a connection to PostgreSQL from others.
+            if announcing is not None:
+                await announcing
         parts.telemetry.step("accept.stored")
         parts.journal.mark_soon(plan.positions)
         return plan
