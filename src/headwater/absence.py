@@ -22,8 +22,8 @@ from headwater.ids import is_of_key, made_at
 from headwater.store import Store
 
 #: Seconds that what was accepted at another host may be unknown here while PostgreSQL answers. Its syncer tries again
-#: after 10 s at most; a log that Redis lost is written again by its worker within a third of a lease, or announced by
-#: the sweeper 15 s after the run was made or at its next look, 10 s later; and that PostgreSQL was away for less than
+#: after 10 s at most; a log that Redis lost is written again by its worker at its next renewal, or announced by the
+#: sweeper 15 s after the run was made or at its next look, 10 s later; and that PostgreSQL was away for less than
 #: 10 s, a sweeper's pause, may go unnoticed here. Twice 10 s and 25 s make 45; the rest is for clocks that differ, and
 #: for leases and graces longer than the defaults.
 ON_ITS_WAY: Final = 60.0
