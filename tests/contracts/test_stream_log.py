@@ -299,6 +299,24 @@ class TestRestore:
         with pytest.raises(Fenced):
             await world.log.append(lower, numbered(5, 5, "low"))
 
+    async def test_it_takes_back_what_an_earlier_attempt_wrote_to_a_log_of_before_its_claim(self, world: World) -> None:
+        log, run = world.another(lease_seconds=SHORT), new_run()
+        zombie = await log.claim(run, "one")
+        await log.append(zombie, numbered(1, 2))
+        come_back = await world.save(run.id)
+        await world.lease_runs_out(run.id)
+        lease = await world.log.claim(run, "two")
+        await world.log.append(lease, numbered(3, 4, "two:"))
+        await come_back()
+        await log.append(zombie, numbered(3, 3, "one:"))
+        with pytest.raises(LogLost):
+            await world.log.append(lease, numbered(5, 5, "two:"))
+        written = [*numbered(1, 2), *numbered(3, 5, "two:")]
+        assert (await world.log.restore(lease, run, written)).count == 5
+        assert await world.events(run.id) == written
+        with pytest.raises(Fenced):
+            await log.append(zombie, numbered(4, 4, "one:"))
+
     async def test_a_higher_attempt_keeps_the_run(self, world: World) -> None:
         run = new_run()
         zombie = await world.written(run, 2, "one")

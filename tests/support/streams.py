@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import redis.asyncio
@@ -57,6 +58,10 @@ class World(ABC):
         """The server came back with an older state of the log."""
 
     @abstractmethod
+    async def save(self, run_id: str) -> Callable[[], Coroutine[Any, Any, None]]:
+        """What brings the log back as it is now: a server that starts again and has lost what came later."""
+
+    @abstractmethod
     async def lose_sight(self, run_id: str) -> None:
         """An index of what may be due lost this run."""
 
@@ -102,6 +107,16 @@ class MemoryWorld(World):
 
     async def lose_tail(self, run_id: str, keep: int) -> None:
         del self.memory._logs[run_id].events[keep:]
+
+    async def save(self, run_id: str) -> Callable[[], Coroutine[Any, Any, None]]:
+        saved = copy.deepcopy(self.memory._logs.get(run_id))
+
+        async def load() -> None:
+            await self.memory.forget(run_id)
+            if saved is not None:
+                self.memory._logs[run_id] = copy.deepcopy(saved)
+
+        return load
 
     async def lose_sight(self, run_id: str) -> None:
         """It has no such index."""
@@ -162,6 +177,19 @@ class RedisWorld(World):
     async def lose_tail(self, run_id: str, keep: int) -> None:
         await self.raw.ltrim(keys.chunks(run_id), 0, keep - 1)
         await self.raw.hset(keys.metadata(run_id), "chunk_count", keep)
+
+    async def save(self, run_id: str) -> Callable[[], Coroutine[Any, Any, None]]:
+        names = (keys.metadata(run_id), keys.chunks(run_id), keys.run(run_id))
+        saved = {name: await self.raw.execute_command("DUMP", name, NEVER_DECODE=True) for name in names}
+
+        async def load() -> None:
+            await self.raw.delete(*names)
+            for name in [name for name in names if saved[name] is not None]:
+                await self.raw.restore(name, 100_000, saved[name])
+            if saved[names[0]] is not None:
+                await self.raw.hset(names[0], "server", "another")
+
+        return load
 
     async def lose_sight(self, run_id: str) -> None:
         await self.raw.zrem(keys.DUE, run_id)

@@ -124,7 +124,7 @@ class MemoryStreamLog(StreamLog):
             if ours and len(log.events) >= len(events):
                 return Appended(len(log.events), log.cancelled)
             raise LogClosed(f"Run {lease.run_id} has ended.")
-        if log.epoch != lease.epoch:
+        if not ours or log.attempt != lease.attempt:
             log.events.clear()
         log.run, log.epoch, log.attempt, log.holder = run, lease.epoch, lease.attempt, lease.holder
         log.status = RunState.RUNNING

@@ -1,7 +1,7 @@
 -- Write a log that was lost again, under the epoch and attempt of the one who still holds the run.
 --
 -- KEYS  1 stream:{<run>}:metadata   hash, made or changed
---       2 stream:{<run>}:chunks     list, completed; replaced when it is of another epoch
+--       2 stream:{<run>}:chunks     list, completed; replaced when it is of another epoch or attempt
 --       3 stream:{<run>}:run        string, set; removed by a terminal event
 -- ARGV  1 channel  2 epoch  3 attempt  4 holder
 --       5 lease in ms  6 seconds to live while it runs  7 seconds to live once it ended
@@ -38,7 +38,8 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 -- First, because a full server refuses this and, after any other write, nothing more: all or nothing.
 redis.call('HSET', KEYS[1], 'updated_at', now)
-if epoch ~= ARGV[2] then
+if not ours or attempt ~= mine then
+  -- Of another epoch; or a server came back as it was before our claim, and a holder of that time has gone on.
   redis.call('DEL', KEYS[2])
   count = 0
 end
