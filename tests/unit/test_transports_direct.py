@@ -169,7 +169,7 @@ async def test_a_full_row_is_written_at_once_and_the_next_one_in_its_turn() -> N
     assert transport.written == full + b"%d," % ROW
 
 
-async def test_a_reader_that_leaves_before_its_turn_disturbs_nobody() -> None:
+async def test_a_reader_that_leaves_before_its_turn_disturbs_nobody(caplog: pytest.LogCaptureFixture) -> None:
     class Gone(Transport):
         def write(self, data: bytes) -> None:
             raise RuntimeError("the handle is closed")
@@ -180,6 +180,7 @@ async def test_a_reader_that_leaves_before_its_turn_disturbs_nobody() -> None:
     gone.closed = True
     await asyncio.sleep(0)
     assert transport.written == b"b"
+    assert not caplog.records
 
 
 async def test_a_reader_that_takes_nothing_is_known_as_such_before_much_waits_for_it() -> None:
