@@ -100,6 +100,9 @@ class Twins(RuleBasedStateMachine):
     def claim(self, holder: str, process: int, known: bool) -> None:
         """`known`: its row tells the attempt."""
         attempt = max((hand.real.attempt for hand in self.hands), default=0) if known else 0
+        # A name is that of one execution, which may ask again before it writes.
+        again = bool(self.hands) and self.hands[-1].real.holder.startswith(holder) and not self.hands[-1].said
+        holder = self.hands[-1].real.holder if again else f"{holder}{len(self.hands)}"
         run = new_run(id=self.run.id, attempt=attempt)
         torn = self.go(self.torn())
         claimed = self.both(self.processes[process].claim(run, holder), self.memory_log.claim(run, holder))
@@ -112,6 +115,9 @@ class Twins(RuleBasedStateMachine):
             self.log.epoch, self.log.events = new_epoch(), []
             memory = Lease(memory.run_id, memory.attempt, holder, self.log.epoch, 0, memory.cancelled)
         assert (real.attempt, real.length, real.cancelled) == (memory.attempt, memory.length, memory.cancelled)
+        if again and real.attempt <= self.hands[-1].real.attempt:
+            # All was lost in between. It knows of one lease only.
+            self.hands.pop()
         self.hands.append(Hand(real, memory, list(self.log.events)))
 
     async def torn(self) -> bool:
