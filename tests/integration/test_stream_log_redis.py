@@ -187,6 +187,15 @@ class TestOrdinaryAppends:
             await log.append(replace(lease, **other), numbered(2, 2))
         assert await world.events(run.id) == numbered(1, 1)
 
+    async def test_the_first_event_stays_where_the_hash_does_not_expire(
+        self, world: RedisWorld, log: StreamLog
+    ) -> None:
+        run = new_run()
+        lease = await log.claim(run, "worker")
+        await world.raw.persist(f"stream:{{{run.id}}}:metadata")
+        await log.append(lease, numbered(1, 1))
+        assert await world.events(run.id) == numbered(1, 1)
+
     async def test_an_heir_goes_on_behind_events_that_the_hash_does_not_count_yet(
         self, world: RedisWorld, log: StreamLog
     ) -> None:

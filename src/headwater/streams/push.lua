@@ -21,7 +21,11 @@ if count ~= ARGV[4] + n - 1 then
 end
 if count == n then
   redis.call('HSET', KEYS[1], 'chunk_count', count)
-  redis.call('PEXPIRE', KEYS[2], redis.call('PTTL', KEYS[1]))
+  local left = redis.call('PTTL', KEYS[1])
+  -- Of a hash that was made to stay it is -1, which deletes what is said to expire then.
+  if left > 0 then
+    redis.call('PEXPIRE', KEYS[2], left)
+  end
 end
 -- The channel is the key without `:chunks`.
 redis.call('PUBLISH', string.sub(KEYS[2], 1, -8), ARGV[1] .. ' ' .. ARGV[4] .. '\n' .. table.concat(ARGV, '\n', 5))
