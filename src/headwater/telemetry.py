@@ -61,7 +61,7 @@ METRICS: Final[tuple[Metric, ...]] = (
         "histogram",
         "server",
         "From a worker taking an event to its first reader's socket, in whole milliseconds, flush interval included. "
-        "Pushed events only, never what was read again. Spans two hosts' clocks.",
+        "One pushed batch in eight, never what was read again. Spans two hosts' clocks.",
     ),
     Metric("headwater_hub_batches_total", "counter", "server", "Published messages that reached the hub."),
     Metric("headwater_hub_rereads_total", "counter", "server", "Reads of a log by a reader.", ("reason",)),

@@ -32,6 +32,10 @@ METAS: Final = 256
 UNCONFIRMED: Final = 1.0
 
 
+#: One pushed batch of so many is timed: the clock and the sum are a twentieth of its way.
+TIMED: Final = 8
+
+
 class History(Protocol):
     """Events synthesised from what is stored, for runs whose log has expired."""
 
@@ -176,6 +180,7 @@ class Hub(Service):
             for follower in channel.followers:
                 follower.fall_behind("rewritten")
             return
+        batch.timed = self._heard % TIMED == 1
         if channel.only is not None:
             passed_on = channel.only.offer(batch, now)
         else:
@@ -183,9 +188,8 @@ class Hub(Service):
             for follower in channel.followers:
                 if follower.offer(batch, now):
                     passed_on = True
-        if passed_on:
-            self.delivered(batch.born)
-            batch.born = 0
+        if passed_on and batch.timed:
+            self.delivered(batch.take_born())
 
     def lost(self) -> None:
         self.telemetry.count("headwater_hub_reconnects_total")

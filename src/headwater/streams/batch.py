@@ -21,9 +21,9 @@ class Batch:
     of all that is done with it. `events` makes them when somebody asks.
     """
 
-    __slots__ = ("_events", "born", "encodings", "epoch", "first", "last", "lines", "reset", "size", "terminal")
+    __slots__ = ("_events", "encodings", "epoch", "first", "last", "lines", "reset", "size", "terminal", "timed")
 
-    def __init__(self, epoch: str, events: Sequence[Event] = (), *, reset: bool = False, born: int = 0) -> None:
+    def __init__(self, epoch: str, events: Sequence[Event] = (), *, reset: bool = False) -> None:
         self.epoch = epoch
         self.reset = reset
         self._events: Sequence[Event] | None = events
@@ -36,28 +36,31 @@ class Batch:
         self.terminal = bool(events) and events[-1].terminal
         #: Bytes of the events.
         self.size = sum([len(raw) for _, _, raw in self.lines])
-        #: When its first event was made, in Unix milliseconds, while a batch that was pushed waits to be timed; else 0.
-        self.born = born
+        #: It is to be timed, and was not passed on yet.
+        self.timed = False
         #: What was encoded already, by the name of the format.
         self.encodings: dict[str, bytes] = {}
 
     @classmethod
-    def published(cls, epoch: str, raw: bytes) -> Self:
-        """Events as `encode` writes them, one a line; none when `raw` is empty. Raises ValueError."""
+    def published(cls, payload: bytes) -> Self:
+        """The batch of `<epoch> <first seq>\\n<event>\\n<event>…`; without events when there are none.
+
+        Raises ValueError.
+        """
+        start, _, raw = payload.partition(b"\n")
+        epoch = start[: start.find(b" ")].decode()
         known = HEAD(raw)
         if known is None or raw.count(b"\n"):
-            events = [Event.decode(line) for line in raw.split(b"\n")] if raw else []
-            return cls(epoch, events, born=events[0].at if events else 0)
+            return cls(epoch, [Event.decode(line) for line in raw.split(b"\n")] if raw else [])
         # Nearly always one event, and this the hottest path of a server: no Event, no list, no further call.
         batch = cls.__new__(cls)
-        seq, kind, at = known.groups()
+        seq, kind, _ = known.groups()
         batch.epoch = epoch
         batch.first = batch.last = number = int(seq)
         batch.lines = ((number, kind, raw),)
-        batch.born = int(at)
         batch.size = len(raw)
         batch.terminal = kind in ENDING
-        batch.reset = False
+        batch.reset = batch.timed = False
         batch.encodings = {}
         batch._events = None
         return batch
@@ -67,6 +70,13 @@ class Batch:
         if self._events is None:
             self._events = [Event.decode(raw) for _, _, raw in self.lines]
         return self._events
+
+    def take_born(self) -> int:
+        """When its first event was made, in Unix milliseconds, for the first who passes on what is timed; else 0."""
+        if not self.timed:
+            return 0
+        self.timed = False
+        return self.events[0].at
 
     def encoded(self, name: str, encode: Callable[[Batch], bytes]) -> bytes:
         """The batch in the format `name`, encoded by the first who asks."""

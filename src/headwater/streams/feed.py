@@ -145,22 +145,17 @@ class RedisFeed(Feed):
             return
         try:
             if reply[0] == b"message":
-                sink.published(run_id, _batch(reply[2]))
+                try:
+                    batch = Batch.published(reply[2])
+                except ValueError:
+                    logger.exception("A published message cannot be read; its readers go to the log instead")
+                    batch = Batch("")
+                sink.published(run_id, batch)
             elif reply[0] == b"subscribe":
                 sink.subscribed(run_id)
         except Exception:
             # One message that its receiver chokes on must not take the connection of all others along.
             logger.exception("A message of run %s could not be passed on", run_id)
-
-
-def _batch(payload: bytes) -> Batch:
-    """What `<epoch> <first seq>\\n<event>\\n<event>…` says; without events when it is anything else."""
-    head, _, events = payload.partition(b"\n")
-    try:
-        return Batch.published(head[: head.find(b" ")].decode(), events)
-    except ValueError:
-        logger.exception("A published message cannot be read; its readers go to the log instead")
-        return Batch("")
 
 
 def _send_chunked(connection: Connection, verb: bytes, names: Sequence[bytes]) -> None:

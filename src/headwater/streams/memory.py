@@ -327,7 +327,7 @@ class MemoryFeed(Feed):
 
     def _deliver(self, run_id: str, epoch: str, events: Sequence[Event]) -> None:
         if self._sink is not None and run_id in self._followed:
-            self._sink.published(run_id, Batch(epoch, events, born=events[0].at if events else 0))
+            self._sink.published(run_id, Batch(epoch, events))
 
     async def stop(self) -> None:
         self._feeds.discard(self)

@@ -169,12 +169,12 @@ class Outbox:
 class _Push:
     """Writes the batches of one run. A reader that is behind with taking them gets none here."""
 
-    __slots__ = ("_flow", "_form", "_name", "_outbox", "_shared", "_stream", "_transport")
+    __slots__ = ("_flow", "_frames", "_name", "_outbox", "_shared", "_stream", "_transport")
 
     def __init__(self, flow: Any, transport: Any, form: Format, outbox: Outbox, stream: Stream | None) -> None:
         self._flow = flow
         self._transport = transport
-        self._form = form
+        self._frames = form.frames
         # One string for all readers of a format.
         self._name = sys.intern(f"{form.name}, chunked")
         self._shared = form.shared
@@ -185,16 +185,14 @@ class _Push:
         if self._flow.write_paused or batch.size > SMALL:
             return False
         # As `Batch.encoded` does, without a further call for each of a run's readers.
-        chunk = batch.encodings.get(self._name) if self._shared else self._chunk(batch)
+        chunk = batch.encodings.get(self._name) if self._shared else None
         if chunk is None:
-            chunk = batch.encodings[self._name] = self._chunk(batch)
+            frames = self._frames(batch)
+            # An empty chunk would end the response.
+            chunk = b"%x\r\n%b\r\n" % (len(frames), frames) if frames else b""
+            batch.encodings[self._name] = chunk
         if chunk:
             self._outbox.put(self._transport, chunk)
             if self._stream is not None:
                 self._stream.wrote_at = asyncio.get_running_loop().time()
         return True
-
-    def _chunk(self, batch: Batch) -> bytes:
-        frames = self._form.frames(batch)
-        # An empty chunk would end the response.
-        return b"%x\r\n%b\r\n" % (len(frames), frames) if frames else b""

@@ -254,7 +254,7 @@ class _Frames:
                 batch = await subscription.take()
                 if batch is not None:
                     # In a list, to be taken out of it: while the reader takes nothing, nothing is held for it here.
-                    frame, born, batch.born = [form.render(batch)], batch.born, 0
+                    frame, born = [form.render(batch)], batch.take_born()
                     batch = None
                     await self._write(frame)
                     if born and not subscription.over:
