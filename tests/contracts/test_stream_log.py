@@ -111,6 +111,21 @@ class TestAppend:
         assert meta is not None
         assert meta.lease_left > 1_000
 
+    async def test_so_does_one_that_is_repeated(self, world: World) -> None:
+        log, run = world.another(lease_seconds=SHORT), new_run()
+        lease = await log.claim(run, "worker")
+        await log.append(lease, numbered(1, 1))
+        await world.lease_runs_out(run.id)
+        await world.log.append(lease, numbered(1, 1))
+        meta = await world.log.meta(run.id)
+        assert meta is not None
+        assert meta.lease_left > 1_000
+        await world.log.append(lease, [end(2)])
+        assert (await world.log.append(lease, [end(2)])).count == 2
+        meta = await world.log.meta(run.id)
+        assert meta is not None
+        assert meta.lease_left == 0
+
     async def test_each_one_counts_at_once_for_whoever_asks(self, world: World) -> None:
         run = new_run()
         lease = await world.written(run, 2)

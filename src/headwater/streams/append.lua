@@ -38,7 +38,12 @@ local same = math.min(there, n)
 if same > 0 and not known[6] and redis.call('LINDEX', KEYS[2], first + same - 2) ~= ARGV[BEFORE + same] then
   return {'fenced'}
 end
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
 if there >= n then
+  if status == 'running' then
+    redis.call('HSET', KEYS[1], 'lease_until', now + ARGV[6])
+  end
   return {'ok', first + there - 1, tonumber(known[5]) or 0}
 end
 if status == 'done' or status == 'failed' or status == 'cancelled' then
@@ -48,8 +53,6 @@ if there < 0 then
   return {'lost'}
 end
 
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local from = BEFORE + 1 + there
 -- In slices: Lua's stack holds 8,000 values.
 for i = from, #ARGV, 4000 do

@@ -102,6 +102,8 @@ class MemoryStreamLog(StreamLog):
         if same > 0 and log.events[first + same - 2].encode() != events[same - 1].encode():
             raise _fenced(lease)
         if there >= len(events):
+            if log.status is RunState.RUNNING:
+                self._extend(log, self._clock.now_ms())
             return Appended(len(log.events), log.cancelled)
         if log.status.terminal:
             raise LogClosed(f"Run {lease.run_id} has ended.")
