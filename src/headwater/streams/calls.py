@@ -89,13 +89,14 @@ class Calls:
         await self._trip([("SCRIPT LOAD", script.text) for script in self._scripts.all()])
 
     async def _throw_away(self, commands: Sequence[Command]) -> None:
-        kinds = {key: kind for command in commands for key, kind in keys.kinds_beside(command).items()}
-        types = await self._trip([("TYPE", key) for key in kinds])
-        found = {key: kind for key, kind in zip(kinds, types, strict=True) if isinstance(kind, bytes)}
-        foreign = [key for key, kind in found.items() if kind not in (kinds[key], b"none")]
-        if foreign:
-            logger.error("Keys of runs hold what something else has written, and are deleted: %s", ", ".join(foreign))
-            await self._trip([("DEL", key) for key in foreign])
+        runs = {run_id for command in commands if (run_id := keys.run_of(command)) is not None}
+        # By a script, so that nothing is deleted that another process has put right meanwhile.
+        for run_id in runs:
+            named = (keys.metadata(run_id), keys.chunks(run_id), keys.run(run_id), keys.behind(run_id))
+            (deleted,) = await self._trip([("EVAL", self._scripts.mend.text, len(named), *named)])
+            if isinstance(deleted, list) and deleted:
+                names = b", ".join(deleted).decode()
+                logger.error("Something else has written keys of run %s, and they are deleted: %s", run_id, names)
 
 
 def _forgotten(reply: Any) -> bool:

@@ -60,13 +60,10 @@ def behind(run_id: str) -> str:
     return f"stream:{{{run_id}}}:behind"
 
 
-def kinds_beside(command: Sequence[Any]) -> dict[str, bytes]:
-    """The keys of the run that a command names first, with the types they should have; empty when it names none."""
+def run_of(command: Sequence[Any]) -> str | None:
+    """The run whose key a command names first; None when it names none."""
     named = next((found for part in command if isinstance(part, str) and (found := _OF_A_RUN(part))), None)
-    if named is None:
-        return {}
-    one = named[1]
-    return {metadata(one): b"hash", chunks(one): b"list", run(one): b"string", behind(one): b"set"}
+    return named[1] if named is not None else None
 
 
 def places(owner_id: str, what: str) -> str:

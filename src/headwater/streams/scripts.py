@@ -34,6 +34,7 @@ class Scripts:
         self.pack = Script("pack", 2)
         self.schedule = Script("schedule", 1)
         self.due = Script("due", 1)
+        self.mend = Script("mend", 4)
 
     def all(self) -> list[Script]:
         return list(vars(self).values())
