@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import apsw
 import psycopg
 import pytest
 import pytest_asyncio
@@ -24,12 +27,14 @@ from headwater.errors import (
 from headwater.events import Event, EventType
 from headwater.ids import new_id
 from headwater.intake import CANCELLING
+from headwater.journal import rows as journal_rows
 from headwater.journal.file import unavailable
 from headwater.messages import Chat, Message, MessageStatus, Role
 from headwater.records import Record
 from headwater.runs import Run, RunState
 from support.house import ME, STRANGER, House, frozen, make_house
 from support.ids import old_id
+from support.runs import new_run
 from support.wait import eventually
 
 
@@ -431,6 +436,27 @@ async def test_who_waits_for_redis_keeps_no_connection_to_postgresql_from_others
             await asyncio.gather(*(house.intake.send(ME, chat.id, "hello") for chat in chats))
         assert rows(database_url, "runs") == 2
     assert "PostgreSQL" not in caplog.text
+
+
+async def test_a_run_that_another_process_begins_while_the_chat_is_looked_at_is_not_overlooked(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = await house.intake.create_chat(ME)
+    await synced(house)
+    begun = new_run("chat", owner_id=ME.owner_id, chat_id=chat.id)
+    read = journal_rows.unsynced_of
+
+    def read_too_early(connection: apsw.Connection, *of: str | None) -> Any:
+        found = read(connection, *of)
+        with closing(apsw.Connection(connection.filename)) as other, other:
+            journal_rows.add(other, [journal_rows.encoded(Record.of(begun), 1)], None, 1)
+        monkeypatch.undo()
+        return found
+
+    monkeypatch.setattr(journal_rows, "unsynced_of", read_too_early)
+    with pytest.raises(ChatBusy) as busy:
+        await house.intake.send(ME, chat.id, "hello")
+    assert busy.value.extra["task_id"] == begun.id
 
 
 async def test_of_ten_messages_through_two_processes_without_postgresql_one_is_taken(

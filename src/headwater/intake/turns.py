@@ -125,6 +125,8 @@ class Turns:
     async def _with_store(self, ask: Ask) -> Plan | Accepted:
         """Raises StoreUnavailable only while nothing was written."""
         parts = self._parts
+        # In this order, which is that of the journal's answers: a run that begins after the rows are read must not be
+        # seen by `alone`, or nothing would tell of it.
         earlier, alone, _ = await asyncio.gather(
             self._key(ask),
             parts.journal.look(ask.chat_id),
