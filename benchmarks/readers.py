@@ -17,7 +17,7 @@ from benchmarks.report import Report, Row, median
 from benchmarks.window import Load, Stage, Window
 
 ABOUT: Final = (
-    "One server process on one core; Redis, the publisher and the readers have the rest of the machine. Events are "
+    "One server process on one core; Redis, the publisher and the readers share another one. Events are "
     "JSON of about 100 bytes with the time of their publishing in it. headwater's go through its log as a worker's "
     "do, the usual server's (`benchmarks/naive.py`: a Redis subscription per reader) are plain PUBLISH, and Nchan's "
     "(nginx from Debian, memory store) are posted to it over kept-alive connections, which is part of its cost. "
@@ -69,7 +69,7 @@ async def run(quick: bool = False) -> Report:
     report = Report("readers", ABOUT)
     descriptors = raise_descriptors()
     with Parts() as parts:
-        redis = parts.redis()
+        redis = parts.redis(LOAD_CORE)
         ours = Headwater(parts, redis, SERVER_CORE)
         naive, polling = Naive(parts, redis, SERVER_CORE), Polling(parts, redis, SERVER_CORE)
         peer = nchan.start(parts, SERVER_CORE, descriptors)

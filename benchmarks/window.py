@@ -62,7 +62,7 @@ class Window:
 
     @property
     def load_core(self) -> float:
-        """What surrounds the server: publisher and client on a core of their own, and Redis wherever there is room."""
+        """What surrounds the server, on a core of its own: Redis, publisher and client."""
         return self.redis_core + self.publisher_core + self.client_core
 
     @property
