@@ -184,7 +184,7 @@ class Hub(Service):
         if channel.only is not None:
             passed_on = channel.only.offer(batch, now)
         else:
-            passed_on = False
+            passed_on, batch.encodings = False, {}
             for follower in channel.followers:
                 if follower.offer(batch, now):
                     passed_on = True

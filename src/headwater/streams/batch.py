@@ -38,8 +38,9 @@ class Batch:
         self.size = sum([len(raw) for _, _, raw in self.lines])
         #: It is to be timed, and was not passed on yet.
         self.timed = False
-        #: What was encoded already, by the name of the format.
-        self.encodings: dict[str, bytes] = {}
+        #: What was encoded already, by the name of the format. None where nobody else will want it: most of what is
+        #: published has one reader.
+        self.encodings: dict[str, bytes] | None = {}
 
     @classmethod
     def published(cls, payload: bytes) -> Self:
@@ -61,8 +62,7 @@ class Batch:
         batch.size = len(raw)
         batch.terminal = kind in ENDING
         batch.reset = batch.timed = False
-        batch.encodings = {}
-        batch._events = None
+        batch._events = batch.encodings = None
         return batch
 
     @property
@@ -80,6 +80,8 @@ class Batch:
 
     def encoded(self, name: str, encode: Callable[[Batch], bytes]) -> bytes:
         """The batch in the format `name`, encoded by the first who asks."""
+        if self.encodings is None:
+            self.encodings = {}
         encoded = self.encodings.get(name)
         if encoded is None:
             encoded = self.encodings[name] = encode(self)

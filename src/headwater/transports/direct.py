@@ -185,12 +185,14 @@ class _Push:
         if self._flow.write_paused or batch.size > SMALL:
             return False
         # As `Batch.encoded` does, without a further call for each of a run's readers.
-        chunk = batch.encodings.get(self._name) if self._shared else None
+        kept = batch.encodings if self._shared else None
+        chunk = kept.get(self._name) if kept else None
         if chunk is None:
             frames = self._frames(batch)
             # An empty chunk would end the response.
             chunk = b"%x\r\n%b\r\n" % (len(frames), frames) if frames else b""
-            batch.encodings[self._name] = chunk
+            if kept is not None:
+                kept[self._name] = chunk
         if chunk:
             self._outbox.put(self._transport, chunk)
             if self._stream is not None:
