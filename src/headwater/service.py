@@ -12,7 +12,6 @@ again after a back-off that grows, so a fault in a helper never ends the process
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 from collections.abc import AsyncIterator
@@ -24,6 +23,8 @@ logger = logging.getLogger(__name__)
 #: Seconds before the first restart; doubles up to MAX_BACKOFF.
 FIRST_BACKOFF: Final = 0.1
 MAX_BACKOFF: Final = 5.0
+#: Seconds after which a service that was told to stop, and goes on, is told again.
+CANCEL_AGAIN: Final = 5.0
 
 
 class Service:
@@ -62,9 +63,12 @@ class Service:
         if task is None:
             return
         self.draining.set()
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        while not task.done():
+            # Once is enough, unless a library loses it.
+            task.cancel()
+            await asyncio.wait([task], timeout=CANCEL_AGAIN)
+        if not task.cancelled():
+            task.result()
         self.started.clear()
         await self.close()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -702,12 +702,15 @@ async def test_a_turn_over_a_freeze_ends_with_an_error_and_lets_go(own_server: O
         assert await eventually(left) in ((message,), (message, message))
 
 
+@pytest.mark.parametrize(
+    "call", [lambda store: store.ping(), lambda store: put(store, a_chat())], ids=["look", "write"]
+)
 async def test_a_call_that_is_cancelled_while_the_server_is_frozen_ends_at_once(
-    own_server: OwnPostgres, own_store: Store
+    own_server: OwnPostgres, own_store: Store, call: Callable[[Store], Coroutine[Any, Any, Any]]
 ) -> None:
     await own_store.ping()
     with own_server.frozen():
-        task = asyncio.create_task(own_store.ping())
+        task = asyncio.create_task(call(own_store))
         # Far enough to wait for the answer, and far from the time limit.
         await asyncio.sleep(0.05)
         task.cancel()

@@ -96,3 +96,24 @@ async def test_a_run_that_raises_is_logged_and_begins_again(
     await part.stop()
     assert part.runs == 3
     assert "Flaky failed and is started again" in caplog.text
+
+
+async def test_a_service_whose_library_loses_the_cancel_is_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "CANCEL_AGAIN", 0.01)
+
+    class Deaf(Service):
+        lost = 0
+
+        async def run(self) -> None:
+            while self.lost < 2:
+                try:
+                    await asyncio.Event().wait()
+                except asyncio.CancelledError:
+                    self.lost += 1
+            await asyncio.Event().wait()
+
+    part = Deaf()
+    await part.start()
+    await asyncio.sleep(0)
+    await asyncio.wait_for(part.stop(), 10)
+    assert part.lost == 2

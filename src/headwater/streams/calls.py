@@ -52,6 +52,8 @@ class Calls:
 
     async def send(self, *commands: Command) -> list[Any]:
         """All commands in one round trip, their answers in order. Raises LogUnavailable for whatever goes wrong."""
+        task = asyncio.current_task()
+        before = task.cancelling() if task is not None else 0
         try:
             async with asyncio.timeout(CALL_TIMEOUT):
                 replies = await self._trip(commands)
@@ -65,6 +67,11 @@ class Calls:
         except (RedisError, OSError, TimeoutError, RuntimeError) as error:
             # uvloop raises RuntimeError on a connection that closed a moment ago, and redis-py passes it on.
             unavailable(error)
+        finally:
+            if task is not None and task.cancelling() > before:
+                # redis-py loses a cancel that comes at the wrong moment, and whoever waits for this task to end would
+                # wait for ever.
+                raise asyncio.CancelledError
         for reply in replies:
             if isinstance(reply, Exception):
                 unavailable(reply)
