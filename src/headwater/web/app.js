@@ -1,6 +1,6 @@
 /** The page: makes the model, draws it, and listens to the keyboard. */
 import { render } from "preact";
-import { useEffect, useRef, useState } from "preact/hooks";
+import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { Composer } from "./elements/composer.js";
 import { html } from "./elements/html.js";
 import { loadHighlighter } from "./elements/markup.js";
@@ -19,7 +19,8 @@ function useModel(app) {
 
 function useTheme() {
   const [theme, setTheme] = useState(savedTheme);
-  useEffect(() => {
+  // Before the next paint, so that the button never names colours the page does not have yet.
+  useLayoutEffect(() => {
     if (theme === "auto") delete document.documentElement.dataset.theme;
     else document.documentElement.dataset.theme = theme;
     saveTheme(theme);
