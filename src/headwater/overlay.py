@@ -127,16 +127,16 @@ class Overlay:
             return ahead
         return row if ahead is None else newer_run(ahead, row)
 
-    async def unfinished(self, *, older_than: float, limit: int) -> Sequence[Run]:
-        """Runs that are queued or running for longer than `older_than` seconds.
+    async def unfinished(self, skip: int = 0, *, older_than: float, limit: int) -> Sequence[Run]:
+        """At most `limit` runs that are queued or running for longer than `older_than` seconds, past the first `skip`.
 
         While PostgreSQL is away, those of them that this host took since: they need not wait for its
         return. Raises StoreUnavailable when there is none.
         """
         try:
-            return await self._store.runs.unfinished(older_than=older_than, limit=limit)
+            return await self._store.runs.unfinished(skip, older_than=older_than, limit=limit)
         except StoreUnavailable:
-            records = await self._journal.unfinished(older_than=older_than, limit=limit)
+            records = await self._journal.unfinished(skip, older_than=older_than, limit=limit)
             if not records:
                 raise
             return list(Facts.of(records).runs.values())

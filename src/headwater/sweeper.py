@@ -35,13 +35,14 @@ ROWS_EVERY: Final = 10.0
 #: Runs of one look.
 BATCH: Final = 500
 
-Unfinished = Callable[[], Awaitable[Sequence[Run]]]
+#: BATCH rows at most, past so many of the oldest.
+Unfinished = Callable[[int], Awaitable[Sequence[Run]]]
 
 
 class Sweeper(Service):
     """Sweeps every two seconds while it runs; `sweep` does it once.
 
-    `unfinished` gives the rows that are queued or running for longer than `grace` seconds, `enqueue`
+    `unfinished` gives rows that are queued or running for longer than `grace` seconds, `enqueue`
     hands a run to the queue, `repair` makes the rows of a run whose log is closed, `cancel` ends one
     that nobody holds.
     """
@@ -73,9 +74,13 @@ class Sweeper(Service):
         self._rows_every = rows_every
         #: When this process rang last for a run and attempt, so that a busy queue is not rung every time.
         self._rung: dict[tuple[str, int], float] = {}
-        #: Rows that waited behind a closed log at the last look.
+        #: Rows that waited behind a closed log when they were looked at last, and those found so since all rows were.
         self._behind: set[str] = set()
+        self._behind_now: set[str] = set()
         self._rows_at: float | None = None
+        #: How many the next look passes over. Those in front may stay there, waiting for a worker that is not coming
+        #: back or for a long answer: with more than one look takes, the others would never be seen.
+        self._past_due = self._past_rows = 0
         self._away: set[str] = set()
         #: Runs whose trouble was told since the last look at the rows.
         self._told: set[str] = set()
@@ -84,7 +89,7 @@ class Sweeper(Service):
         while True:
             await asyncio.sleep(self._every)
             now = self._clock.monotonic()
-            rows = self._rows_at is None or now - self._rows_at >= self._rows_every
+            rows = self._rows_at is None or self._past_rows > 0 or now - self._rows_at >= self._rows_every
             await self.sweep(rows=rows)
 
     async def sweep(self, *, rows: bool = True) -> int:
@@ -130,7 +135,9 @@ class Sweeper(Service):
         now = self._clock.monotonic()
         self._rung = {key: at for key, at in self._rung.items() if now - at < self._grace}
         acted = 0
-        for due in await self._log.due(BATCH):
+        dues = await self._log.due(BATCH, self._past_due)
+        self._past_due = _past(self._past_due, dues)
+        for due in dues:
             acted += await self._alone(due.run_id, self._ring(due, now))
         return acted
 
@@ -169,18 +176,20 @@ class Sweeper(Service):
     # --- what the rows say ----------------------------------------------------------------------
 
     async def _sweep_rows(self) -> int:
-        runs = await self._unfinished()
+        runs = await self._unfinished(self._past_rows)
         metas = await self._log.metas([run.id for run in runs]) if runs else []
-        before, self._behind = self._behind, set()
-        self._told.clear()
+        if self._past_rows == 0:
+            self._behind, self._behind_now = self._behind_now, set()
+            self._told.clear()
+        self._past_rows = _past(self._past_rows, runs)
         acted = 0
         for run, meta in zip(runs, metas, strict=True):
-            acted += await self._alone(run.id, self._compare(run, meta, before))
+            acted += await self._alone(run.id, self._compare(run, meta))
         # The log's index of what may be due can lose an entry, to a flush between two commands or to a full server.
         await self._log.remind([meta.run_id for meta in metas if meta is not None and _unheld(meta)], self._grace)
         return acted
 
-    async def _compare(self, run: Run, meta: Meta | None, before: set[str]) -> int:
+    async def _compare(self, run: Run, meta: Meta | None) -> int:
         if meta is None:
             # Not enqueued at once: a worker may hold it still and write its log again in a moment.
             await self._log.open(run, self._grace)
@@ -189,9 +198,9 @@ class Sweeper(Service):
             return 1
         if not meta.status.terminal:
             return 0
-        if run.id not in before:
+        if run.id not in self._behind:
             # Between a run's end and its row lies the syncer; only a row that stays behind is mended.
-            self._behind.add(run.id)
+            self._behind_now.add(run.id)
             return 0
         return await self._mend(run)
 
@@ -205,6 +214,11 @@ class Sweeper(Service):
 
     def _acted(self, action: str) -> None:
         self._telemetry.count("headwater_swept_total", action=action)
+
+
+def _past(skipped: int, found: Sequence[object]) -> int:
+    """How many the look after one that found these passes over; none when it came to the end."""
+    return skipped + BATCH if len(found) >= BATCH else 0
 
 
 def _unheld(meta: Meta) -> bool:

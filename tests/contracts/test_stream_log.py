@@ -557,6 +557,8 @@ class TestDue:
             await world.log.open(run, -n)
         assert [due.run_id for due in await world.log.due(3)] == [run.id for run in runs[:1:-1]]
         assert [due.run_id for due in await world.log.due(10)] == [run.id for run in runs[::-1]]
+        assert [due.run_id for due in await world.log.due(2, 2)] == [run.id for run in runs[2:0:-1]]
+        assert await world.log.due(10, 5) == []
 
     async def test_runs_that_are_held_or_over_do_not_hide_those_that_are_due(self, world: World) -> None:
         for n in range(20):

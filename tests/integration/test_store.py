@@ -449,6 +449,7 @@ async def test_unfinished_runs_are_told_by_their_age_oldest_first(store: Store, 
 
     assert await store.runs.unfinished(older_than=30, limit=10) == [older, running, old]
     assert await store.runs.unfinished(older_than=30, limit=2) == [older, running]
+    assert await store.runs.unfinished(1, older_than=30, limit=1) == [running]
     assert await store.runs.unfinished(older_than=100.5, limit=10) == [older]
 
 

@@ -338,6 +338,7 @@ async def test_unfinished_runs_are_those_whose_newest_record_has_no_end(case: Ca
     case.clock.advance(61)
     found = await case.journal.unfinished(older_than=60, limit=10)
     assert sorted((record.id, record.version) for record in found) == sorted([(queued.id, 0), (running.id, 5)])
+    assert await case.journal.unfinished(1, older_than=60, limit=10) == found[1:]
     await case.journal.mark_synced([entry.position for entry in await case.journal.unsynced(100)])
     assert await case.journal.unfinished(older_than=60, limit=10) == []
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from headwater import sweeper
 from headwater.clock import FrozenClock
 from headwater.errors import JournalUnavailable, LogUnavailable, StoreUnavailable
 from headwater.events import content, done
@@ -53,10 +54,10 @@ class Yard:
             every=every,
         )
 
-    async def unfinished(self) -> Sequence[Run]:
+    async def unfinished(self, skip: int) -> Sequence[Run]:
         if self.rows_away:
             raise StoreUnavailable("away")
-        return self.rows
+        return self.rows[skip : skip + sweeper.BATCH]
 
     async def repair(self, run: Run) -> Run:
         if self.repair_error is not None:
@@ -170,7 +171,7 @@ async def test_a_due_entry_without_its_run_is_removed() -> None:
     class Forgetful(MemoryStreamLog):
         forgotten: list[str] = []  # noqa: RUF012 - one test, one list
 
-        async def due(self, limit: int) -> list[Due]:
+        async def due(self, limit: int, skip: int = 0) -> list[Due]:
             return [Due("gone", None, None)]
 
         async def forget(self, run_id: str) -> None:
@@ -222,6 +223,51 @@ async def test_a_row_that_catches_up_by_itself_is_not_mended() -> None:
     yard.rows.clear()
     await yard.sweeper.sweep()
     assert yard.repaired == []
+
+
+async def test_runs_that_stay_due_do_not_hide_those_behind_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeper, "BATCH", 2)
+    yard = Yard()
+    # As when the only worker of a queue is gone: nobody claims what is rung for.
+    runs = [new_run() for _ in range(5)]
+    for run in runs:
+        await yard.log.claim(run, "dead")
+    yard.clock.advance(11)
+    for _ in range(3):
+        await yard.sweeper.sweep(rows=False)
+    assert yard.enqueued == [run.id for run in runs]
+    yard.clock.advance(GRACE)
+    for _ in range(3):
+        await yard.sweeper.sweep(rows=False)
+    assert yard.enqueued == [run.id for run in runs] * 2
+
+
+async def test_rows_that_stay_do_not_hide_those_behind_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeper, "BATCH", 2)
+    yard = Yard()
+    held = [new_run() for _ in range(4)]
+    for run in held:
+        await yard.log.claim(run, "alive")
+    forgotten = new_run()
+    yard.rows = [*held, forgotten]
+    ended = await yard.ended()
+    for _ in range(3):
+        await yard.sweeper.sweep()
+    assert await yard.log.meta(forgotten.id) is not None
+    # Behind its log for a whole round, and not only since another look of this one.
+    assert yard.repaired == []
+    for _ in range(4):
+        await yard.sweeper.sweep()
+    assert yard.repaired == [ended.id]
+
+
+async def test_it_goes_on_at_once_while_there_are_rows_it_has_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeper, "BATCH", 2)
+    yard = Yard()
+    yard.rows = [new_run() for _ in range(5)]
+    # The clock stands still: a second round is not due.
+    async with running(yard.sweeper):
+        await eventually(lambda: yard.actions.count("announced") == 5)
 
 
 async def test_a_row_that_cannot_be_mended_does_not_keep_the_sweeper_from_others(
@@ -285,7 +331,7 @@ async def test_the_log_is_swept_while_the_store_is_away_and_the_other_way_round(
     assert await yard.sweeper.sweep() == 1
 
     class Away(MemoryStreamLog):
-        async def due(self, limit: int) -> list[Due]:
+        async def due(self, limit: int, skip: int = 0) -> list[Due]:
             raise LogUnavailable("away")
 
     yard.rows_away = False

@@ -218,13 +218,13 @@ class Journal:
         """For `add`. Asked for before the look at the chat, so that nothing that comes during it is overlooked."""
         return Alone(chat_id, await self._reader.submit(lambda connection: rows.newest(connection, chat_id)))
 
-    async def unfinished(self, *, older_than: float, limit: int) -> list[Record]:
+    async def unfinished(self, skip: int = 0, *, older_than: float, limit: int) -> list[Record]:
         """The newest records of runs that have not ended as far as this file knows and that the store has not got.
 
-        Journalled more than `older_than` seconds ago.
+        Journalled more than `older_than` seconds ago; at most `limit`, past the first `skip`.
         """
         before = self._clock.now_ms() - round(older_than * 1000)
-        found = await self._reader.submit(lambda connection: rows.unfinished(connection, before, limit))
+        found = await self._reader.submit(lambda connection: rows.unfinished(connection, before, limit, skip))
         return [entry.record for entry in rows.read(found)[0]]
 
     async def cancels(self, limit: int, after: str = "") -> list[str]:

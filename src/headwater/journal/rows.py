@@ -72,7 +72,7 @@ _UNFINISHED: Final = """
         WHERE newer.id = newest.id AND newer.synced_at IS NULL
         AND (newer.version, newer.position) > (newest.version, newest.position)
     )
-    ORDER BY position LIMIT ?
+    ORDER BY position LIMIT ? OFFSET ?
 """
 _NOTE_CANCEL: Final = "INSERT OR IGNORE INTO cancels (run_id, at) VALUES (?, ?)"
 _CANCELS: Final = "SELECT run_id FROM cancels WHERE run_id > ? ORDER BY run_id LIMIT ?"
@@ -271,9 +271,9 @@ def newest(connection: apsw.Connection, chat_id: str) -> int:
     return _first(connection, _NEWEST, chat_id)[0] or 0
 
 
-def unfinished(connection: apsw.Connection, before: int, limit: int) -> list[Any]:
+def unfinished(connection: apsw.Connection, before: int, limit: int, skip: int) -> list[Any]:
     """The newest row of each run that waits for the store and has not ended."""
-    return connection.execute(_UNFINISHED, (before, limit)).fetchall()
+    return connection.execute(_UNFINISHED, (before, limit, skip)).fetchall()
 
 
 def note_cancel(connection: apsw.Connection, run_id: str, at: int) -> None:

@@ -48,10 +48,14 @@ class Runs:
         """Every queued or running run of an owner, oldest first."""
         return await self._many(select(runs).where(runs.c.owner_id == owner_id, text(ACTIVE)))
 
-    async def unfinished(self, *, older_than: float, limit: int) -> list[Run]:
-        """Queued or running runs made more than `older_than` seconds ago by PostgreSQL's clock, oldest first."""
+    async def unfinished(self, skip: int = 0, *, older_than: float, limit: int) -> list[Run]:
+        """Queued or running runs made more than `older_than` seconds ago by PostgreSQL's clock, oldest first.
+
+        At most `limit`, past the first `skip`.
+        """
         age = func.make_interval(0, 0, 0, 0, 0, 0, older_than)
-        return await self._many(select(runs).where(text(ACTIVE), runs.c.created_at < func.now() - age).limit(limit))
+        old = select(runs).where(text(ACTIVE), runs.c.created_at < func.now() - age)
+        return await self._many(old.limit(limit).offset(skip))
 
     async def _one(self, statement: Select[Any]) -> Run | None:
         found = await self._many(statement.limit(1))

@@ -187,8 +187,8 @@ class StreamLog(ABC):
         """
 
     @abstractmethod
-    async def due(self, limit: int) -> list[Due]:
-        """Runs nobody holds although somebody should, longest first. Asking changes nothing.
+    async def due(self, limit: int, skip: int = 0) -> list[Due]:
+        """Runs nobody holds although somebody should, longest first, past the first `skip`. Asking changes nothing.
 
         Answer with `open` (a further grace), `claim`, or `forget` for one whose `run` is None.
         """

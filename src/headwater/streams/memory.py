@@ -202,11 +202,11 @@ class MemoryStreamLog(StreamLog):
                 break
         return Page(log.epoch, events, len(log.events), log.status.terminal)
 
-    async def due(self, limit: int) -> list[Due]:
+    async def due(self, limit: int, skip: int = 0) -> list[Due]:
         now = self._clock.now_ms()
         waiting = [log for log in self._logs.values() if not log.status.terminal and log.due_at <= now]
         waiting.sort(key=lambda log: log.due_at)
-        return [Due(log.run.id, log.run, self._meta(log)) for log in waiting[:limit]]
+        return [Due(log.run.id, log.run, self._meta(log)) for log in waiting[skip : skip + limit]]
 
     async def remind(self, run_ids: Sequence[str], seconds: float) -> None:
         """It looks at the logs themselves and can lose sight of none."""

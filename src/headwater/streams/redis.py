@@ -214,11 +214,11 @@ class RedisStreamLog(StreamLog):
             raws = packing.page(raws[0], first, after, limit, PAGE_BYTES)
         return Page(epoch.decode(), [Event.decode(raw) for raw in raws], count, closed)
 
-    async def due(self, limit: int) -> list[Due]:
+    async def due(self, limit: int, skip: int = 0) -> list[Due]:
         found: list[Due] = []
         while len(found) < limit:
             # What is not due is moved or removed, so only what was found already is passed over.
-            (reply,) = await self._send(self._scripts.due(keys.DUE, len(found), limit - len(found)))
+            (reply,) = await self._send(self._scripts.due(keys.DUE, skip + len(found), limit - len(found)))
             now, ids = reply
             if not ids:
                 break
