@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from headwater.access import Access, Caller
 from headwater.api import problems
 from headwater.clock import Clock
-from headwater.errors import SignInRequired, TooLarge
+from headwater.errors import BadRequest, SignInRequired, TooLarge
 from headwater.telemetry import Telemetry
 from headwater.transports.base import Message, Receive, Scope, Send
 
@@ -134,7 +134,8 @@ class Gate:
         """Read the body up to the limit and give it out as one message. It is small by definition."""
         headers: dict[bytes, bytes] = dict(scope["headers"])
         length = headers.get(b"content-length", b"")
-        if not length and b"transfer-encoding" not in headers:
+        # HTTP/1.1 announces a body, HTTP/2 need not.
+        if not length and b"transfer-encoding" not in headers and scope["http_version"].startswith("1."):
             return receive
         if length.isdigit() and int(length) > self._max_body:
             raise self._too_large()
@@ -144,7 +145,8 @@ class Gate:
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        break
+                        # What came may be valid all the same, and would spend an Idempotency-Key on another request.
+                        raise BadRequest("The connection ended before the body did. Send the request again.")
                     body += message.get("body", b"")
                     if len(body) > self._max_body:
                         raise self._too_large()
