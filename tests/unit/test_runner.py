@@ -21,11 +21,13 @@ from headwater.runner import Runner
 from headwater.runner.attempt import Shares
 from headwater.runner.writer import MAX_TEXT
 from headwater.runs import Lease, Run, RunState
+from headwater.service import running
 from headwater.settings import Settings
 from headwater.streams.base import Appended, Renewed
 from headwater.streams.memory import MemoryStreamLog
 from headwater.telemetry import Telemetry
 from headwater.transcript import Transcript
+from support.rough import VirtualLoop
 from support.runs import ScriptedPipeline, new_run
 from support.wait import eventually
 
@@ -830,6 +832,29 @@ async def test_leases_are_kept_through_a_log_that_is_away() -> None:
     gate.open.set()
     await task
     await bench.check_end(run, EventType.DONE)
+
+
+def test_a_short_lease_is_renewed_several_times_before_it_ends() -> None:
+    async def renewals() -> int:
+        gate = Gate([content("a")])
+        bench = Bench(gate.pipeline, lease_seconds=1)
+        run = await bench.accepted()
+        task = asyncio.create_task(bench.runner.execute(run, "w"))
+        await in_log(bench, run, "a")
+        before = bench.log.tries
+        async with running(bench.runner.leases):
+            await asyncio.sleep(0.99)
+        renewed = bench.log.tries - before
+        gate.open.set()
+        await task
+        return renewed
+
+    # Its time passes by itself, so the count does not depend on how busy the machine is.
+    loop = VirtualLoop()
+    try:
+        assert loop.run_until_complete(renewals()) == 3
+    finally:
+        loop.close()
 
 
 # --- the worker goes down -------------------------------------------------------------------------

@@ -22,6 +22,8 @@ Promised = Callable[[Mapping[str, str]], Awaitable[Collection[str]]]
 
 #: Seconds between renewals: a tenth of the usual lease, so that nine may fail.
 RENEW_EVERY: Final = 1.0
+#: Renewals in a lease that is shorter: one that ended between two of them would be lost while its worker is well.
+RENEWALS: Final = 4
 
 
 class Stop(IntEnum):
@@ -82,13 +84,13 @@ class LeaseKeeper(Service):
     """
 
     def __init__(
-        self, log: StreamLog, *, telemetry: Telemetry, promised: Promised | None = None, every: float = RENEW_EVERY
+        self, log: StreamLog, *, telemetry: Telemetry, lease_seconds: float, promised: Promised | None = None
     ) -> None:
         super().__init__()
         self._log = log
         self._telemetry = telemetry
         self._promised = promised
-        self._every = every
+        self._every = min(RENEW_EVERY, lease_seconds / RENEWALS)
         self._holds: set[Hold] = set()
         self._away = False
         self._deaf = False

@@ -58,7 +58,7 @@ class Runner:
         answered: Callable[[Run], None] | None = None,
         shares: Shares | None = None,
     ) -> None:
-        self.leases = LeaseKeeper(log, telemetry=telemetry, promised=promised)
+        self.leases = LeaseKeeper(log, telemetry=telemetry, lease_seconds=settings.lease_seconds, promised=promised)
         self._log = log
         self._parts = Parts(log, pipelines, save, clock, telemetry, settings, known, requeue, history, answered, shares)
         self._line = Line(self._parts)
