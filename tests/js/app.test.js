@@ -86,6 +86,15 @@ test("a message that no server took stays, and the next load of the page sends i
   assert.deepEqual(shown(again), ["done Why?", "processing "]);
 });
 
+test("a message is sent for as long as a server takes to start, and is refused sooner by one that answers", async (t) => {
+  answers = [away];
+  await page(t).send("Why?", null);
+  assert.equal(keys.length, 12);
+  answers = [() => json(503, { detail: "Not now." })];
+  await page(t).send("And why?", null);
+  assert.equal(keys.length, 12 + 6);
+});
+
 test("a message stays over a sign-in that ran out", async (t) => {
   answers = [() => json(401, { detail: "Sign in first.", code: "sign_in_required" })];
   await page(t).send("Why?", null);

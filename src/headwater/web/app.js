@@ -14,7 +14,8 @@ const THEMES = ["auto", "light", "dark"];
 
 function useModel(app) {
   const [, draw] = useState(0);
-  useEffect(() => app.subscribe(() => draw((n) => n + 1)), []);
+  // Before the next frame, in which the model tells of what has changed since the page was drawn.
+  useLayoutEffect(() => app.subscribe(() => draw((n) => n + 1)), []);
 }
 
 function useTheme() {
@@ -31,7 +32,8 @@ function useTheme() {
 function useKeys(handle) {
   const latest = useRef(handle);
   latest.current = handle;
-  useEffect(() => {
+  // What is on screen answers to its keys.
+  useLayoutEffect(() => {
     const listener = (event) => latest.current(event);
     addEventListener("keydown", listener);
     return () => removeEventListener("keydown", listener);
@@ -44,7 +46,12 @@ function Page({ app }) {
   const [menu, setMenu] = useState(false);
   const [log, setLog] = useState(false);
   const [coloured, setColoured] = useState(false);
-  useEffect(() => void loadHighlighter().then(() => setColoured(true)), []);
+  useEffect(() => {
+    loadHighlighter().then(
+      () => setColoured(true),
+      (error) => app.log.add("warn", `Code is shown without colours: ${error.message}`),
+    );
+  }, []);
   const title = app.current === null ? "" : app.chats.get(app.current)?.title;
   useEffect(() => {
     document.title = `${app.running ? `(${app.running}) ` : ""}${title ? `${title} · ` : ""}headwater`;
@@ -94,5 +101,6 @@ function Page({ app }) {
 }
 
 const app = new App();
-render(html`<${Page} app=${app} />`, document.getElementById("page"));
+// Begun first, so that nothing is drawn but the chat of this address.
 app.start();
+render(html`<${Page} app=${app} />`, document.getElementById("page"));

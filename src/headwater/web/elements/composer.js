@@ -1,5 +1,5 @@
 /** Where the next message is written. The text is kept per chat until it is sent. */
-import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
+import { useLayoutEffect, useRef, useState } from "preact/hooks";
 import { draft, saveDraft } from "../models/storage.js";
 import { html, Icon } from "./html.js";
 
@@ -14,20 +14,22 @@ export function Composer({ app }) {
   const answer = app.shown?.processing;
   const change = (value) => {
     setText(value);
-    saveDraft(app.current, value);
+    // Not `app.current`, which may be another already: the chat whose draft is in the field.
+    saveDraft(chatId, value);
   };
-  useEffect(() => {
+  // With the paint that shows the chat: what is typed now is its own.
+  useLayoutEffect(() => {
     setText(draft(chatId));
     setError(null);
     // On a phone the keyboard would cover what was just opened.
     if (matchMedia("(hover: hover)").matches) field.current.focus();
   }, [chatId]);
-  useEffect(() => {
+  useLayoutEffect(() => {
     app.compose = (value) => {
       change(value);
       field.current.focus();
     };
-  }, []);
+  }, [chatId]);
   useLayoutEffect(() => {
     field.current.style.height = "auto";
     field.current.style.height = `${Math.min(TALLEST, field.current.scrollHeight)}px`;

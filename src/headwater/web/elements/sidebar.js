@@ -1,5 +1,5 @@
 /** The chats: begin, find, open, rename, delete; and a mark on each that is answering or has answered. */
-import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
+import { useLayoutEffect, useRef, useState } from "preact/hooks";
 import { html, Icon, IconButton } from "./html.js";
 
 const DAY = 86_400_000; // ms
@@ -61,7 +61,7 @@ function ChatItem({ app, chat, onDelete, onOpen }) {
 
 function Confirm({ chat, onAnswer }) {
   const dialog = useRef(null);
-  useEffect(() => dialog.current.showModal(), []);
+  useLayoutEffect(() => dialog.current.showModal(), []);
   const answer = (yes) => {
     dialog.current.close(); // gives the focus back to the button that opened it
     onAnswer(yes);

@@ -1,5 +1,5 @@
 /** How the system is: banners over the conversation, and the system log. */
-import { useEffect, useRef } from "preact/hooks";
+import { useEffect, useLayoutEffect, useRef } from "preact/hooks";
 import { html, Icon, IconButton } from "./html.js";
 
 const LAGGING = 5; // seconds
@@ -40,7 +40,7 @@ export function LogPanel({ app, onClose }) {
   const panel = useRef(null);
   const { report } = app.health;
   const entries = app.log.entries;
-  useEffect(() => panel.current.querySelector("button").focus(), []);
+  useLayoutEffect(() => panel.current.querySelector("button").focus(), []);
   useEffect(() => (lines.current.scrollTop = lines.current.scrollHeight) && undefined, [entries]);
   const journal = report?.parts?.journal;
   const state = (part) => (part === undefined ? ["", "unknown"] : part.ok === false ? ["bad", "away"] : ["good", "ok"]);

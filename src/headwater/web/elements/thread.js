@@ -1,5 +1,5 @@
 /** The conversation on screen. It follows the end while the reader is there, and only then. */
-import { useEffect, useRef, useState } from "preact/hooks";
+import { useLayoutEffect, useRef, useState } from "preact/hooks";
 import { html, Icon } from "./html.js";
 import { Answer, Question } from "./message.js";
 
@@ -17,10 +17,12 @@ function useFollowing(chatId, count) {
   const toEnd = () => {
     state.current.stick = true;
     box.current.scrollTop = box.current.scrollHeight;
+    // Its own event comes a frame later: a reader who has scrolled up by then is seen to have come from here.
+    state.current.top = box.current.scrollTop;
     setAway(false);
   };
-  useEffect(toEnd, [chatId, count]);
-  useEffect(() => {
+  useLayoutEffect(toEnd, [chatId, count]);
+  useLayoutEffect(() => {
     const element = box.current;
     const far = () => element.scrollHeight - element.clientHeight - element.scrollTop > NEAR;
     const onScroll = () => {

@@ -54,19 +54,23 @@ export function signIn() {
 
 const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
+const TRIES = 6; // for a server that answers, but not as it should
+const LONGEST_PAUSE = 8000; // ms
+
 /**
  * A request that may be sent again without harm, because it carries an Idempotency-Key or changes
  * nothing. Tried again while the trouble may pass.
  *
- * @param {string} method @param {string} path @param {{ body?: object, key?: string, tries?: number }} [extra]
+ * @param {string} method @param {string} path
+ * @param {{ body?: object, key?: string, away?: number }} [extra] `away`: tries while no server answers at all
  */
-export async function persistently(method, path, { tries = 6, ...extra } = {}) {
+export async function persistently(method, path, { away = TRIES, ...extra } = {}) {
   for (let n = 1; ; n++) {
     try {
       return await request(method, path, extra);
     } catch (error) {
-      if (!error.passing || n >= tries) throw error;
-      await pause(250 * 2 ** n * (0.5 + Math.random() / 2));
+      if (!error.passing || n >= (error.code === "unreachable" ? away : TRIES)) throw error;
+      await pause(Math.min(LONGEST_PAUSE, 250 * 2 ** n) * (0.5 + Math.random() / 2));
     }
   }
 }

@@ -9,6 +9,7 @@ import { choose } from "./tree.js";
 
 const ASK_AGAIN = 2000; // ms until a run that the stream does not know is looked for again
 const HIDDEN_FOR = 20_000; // ms; then the connections are left to other tabs
+const TRIES_AWAY = 12; // to send a message; more than half a minute, in which a server that was restarted is back
 
 /** Plain HTTP on another host has no `randomUUID`. */
 const newKey = () => crypto.randomUUID?.() ?? [...crypto.getRandomValues(new Uint32Array(4))].join("-");
@@ -247,8 +248,9 @@ export class App {
     thread.sendingNow(item);
     this.#changed();
     const body = { content: item.content, parent_id: item.parentId };
+    const sent = { body, key: item.key, away: TRIES_AWAY };
     try {
-      const answer = await persistently("POST", `/api/chats/${item.chatId}/messages`, { body, key: item.key });
+      const answer = await persistently("POST", `/api/chats/${item.chatId}/messages`, sent);
       keepOutbox(item.key, null);
       thread.accepted(item, answer);
       this.#started(answer.task_id, item.chatId);
