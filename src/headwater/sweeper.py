@@ -19,8 +19,9 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
+from headwater.apart import Apart
 from headwater.clock import Clock
-from headwater.errors import LogUnavailable, Unavailable
+from headwater.errors import Unavailable
 from headwater.runs import Run
 from headwater.service import Service
 from headwater.streams.base import Due, Meta, StreamLog
@@ -82,8 +83,7 @@ class Sweeper(Service):
         #: back or for a long answer: with more than one look takes, the others would never be seen.
         self._past_due = self._past_rows = 0
         self._away: set[str] = set()
-        #: Runs whose trouble was told since the last look at the rows.
-        self._told: set[str] = set()
+        self._apart = Apart("swept")
 
     async def run(self) -> None:
         while True:
@@ -114,21 +114,6 @@ class Sweeper(Service):
         self._away.discard(what)
         return acted
 
-    async def _alone(self, run_id: str, work: Awaitable[int]) -> int:
-        """What one run asks for: its trouble must not keep the sweeper from the others, unless the log is away."""
-        try:
-            return await work
-        except LogUnavailable:
-            raise
-        except Unavailable as error:
-            if run_id not in self._told:
-                logger.warning("Run %s cannot be swept now: %s", run_id, error)
-        except Exception:
-            if run_id not in self._told:
-                logger.exception("Run %s cannot be swept", run_id)
-        self._told.add(run_id)
-        return 0
-
     # --- what the log knows ---------------------------------------------------------------------
 
     async def _sweep_log(self) -> int:
@@ -138,7 +123,7 @@ class Sweeper(Service):
         dues = await self._log.due(BATCH, self._past_due)
         self._past_due = _past(self._past_due, dues)
         for due in dues:
-            acted += await self._alone(due.run_id, self._ring(due, now))
+            acted += await self._apart(due.run_id, self._ring(due, now)) or 0
         return acted
 
     async def _ring(self, due: Due, now: float) -> int:
@@ -180,11 +165,11 @@ class Sweeper(Service):
         metas = await self._log.metas([run.id for run in runs]) if runs else []
         if self._past_rows == 0:
             self._behind, self._behind_now = self._behind_now, set()
-            self._told.clear()
+            self._apart.forget()
         self._past_rows = _past(self._past_rows, runs)
         acted = 0
         for run, meta in zip(runs, metas, strict=True):
-            acted += await self._alone(run.id, self._compare(run, meta))
+            acted += await self._apart(run.id, self._compare(run, meta)) or 0
         # The log's index of what may be due can lose an entry, to a flush between two commands or to a full server.
         await self._log.remind([meta.run_id for meta in metas if meta is not None and _unheld(meta)], self._grace)
         return acted

@@ -188,7 +188,7 @@ async def test_a_promise_that_cannot_be_kept_is_told_once_and_does_not_stand_in_
             await house.journal.note_cancel(queued.task_id)
             await house.intake.stops.look()
             assert (await house.reading.run_view(ME, queued.task_id)).state is RunState.CANCELLED
-    assert len([record for record in caplog.records if "promised cancel" in record.getMessage()]) == 1
+    assert len([record for record in caplog.records if "cancelled as promised" in record.getMessage()]) == 1
 
 
 @pytest.mark.parametrize("also", ["Redis", "Redis and PostgreSQL"])

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from headwater.access import Caller, may
+from headwater.apart import Apart
 from headwater.errors import JournalUnavailable, LogUnavailable, NotKnownYet, StoreUnavailable, Unavailable
 from headwater.events import Event, EventType
 from headwater.ids import new_id
@@ -73,8 +74,7 @@ class Stops(Service):
         #: Since when the log does not know a run that somebody may hold, by this process's clock.
         self._unknown: dict[str, float] = {}
         self._away = False
-        #: Runs whose trouble was told, of those promised.
-        self._told: set[str] = set()
+        self._apart = Apart("cancelled as promised")
 
     async def cancel(self, caller: Caller, run_id: str) -> Stopped:
         """Ask for a cancel; of a run that has ended, tell how.
@@ -227,12 +227,12 @@ class Stops(Service):
         while promised := await self._parts.journal.cancels(BATCH, after):
             after = promised[-1]
             seen.update(promised)
-            ended = [run_id for run_id in promised if await self._keep_alone(run_id)]
+            ended = [run_id for run_id in promised if await self._apart(run_id, self._keep(run_id))]
             if ended:
                 await self._parts.journal.drop_cancels(ended)
             kept += len(ended)
         self._unknown = {run_id: since for run_id, since in self._unknown.items() if run_id in seen}
-        self._told &= seen
+        self._apart.forget(but=seen)
         return kept
 
     async def _judge(self) -> None:
@@ -261,21 +261,6 @@ class Stops(Service):
                     (granted if owner == wish[1] else refused).append(wish)
             if granted or refused:
                 await self._parts.journal.settle_wishes(granted, refused)
-
-    async def _keep_alone(self, run_id: str) -> bool:
-        """One run's trouble must not keep the promises of others waiting, unless Redis is away."""
-        try:
-            return await self._keep(run_id)
-        except LogUnavailable:
-            raise
-        except Unavailable as error:
-            if run_id not in self._told:
-                logger.warning("the promised cancel of run %s waits: %s", run_id, error)
-        except Exception:
-            if run_id not in self._told:
-                logger.exception("the promised cancel of run %s fails", run_id)
-        self._told.add(run_id)
-        return False
 
     async def _keep(self, run_id: str) -> bool:
         """Whether the run has ended, so that the promise is kept."""
