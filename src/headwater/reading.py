@@ -228,10 +228,11 @@ class Reading:
             rows = await self._store.runs.active_in(chat_id)
         except StoreUnavailable:
             ahead, rows = await self._overlay.kept(chat_id), []
-            if chat_id not in ahead.chats:
+            if ahead.chat(chat_id) is None:
                 raise
-        if chat_id in ahead.chats:
-            may(caller, ahead.chats[chat_id].owner_id)
+        at_hand = ahead.chat(chat_id)
+        if at_hand is not None:
+            may(caller, at_hand.owner_id)
         active = await self._unended(rows, ahead)
         return active[0] if active else None
 

@@ -619,6 +619,18 @@ async def test_a_chat_is_renamed_and_stays_so(house: House) -> None:
             await house.intake.create_chat(ME, title=title)
 
 
+async def test_a_title_that_postgresql_took_is_taken_though_the_journal_is_full(house: House) -> None:
+    chat = await house.intake.create_chat(ME)
+    await synced(house)
+
+    async def full(*arguments: object) -> object:
+        raise unavailable("The journal cannot grow.", "storage_full")
+
+    house.journal.add = full  # type: ignore[method-assign, assignment]
+    assert (await house.intake.rename_chat(ME, chat.id, "My trip")).title == "My trip"
+    assert (await house.reading.get_chat(ME, chat.id)).chat.title == "My trip"
+
+
 async def test_deleting_a_chat_stops_its_answer_and_removes_every_trace(house: House, database_url: str) -> None:
     chat = await house.intake.create_chat(ME)
     old = await house.intake.send(ME, chat.id, "old")

@@ -12,7 +12,9 @@ from headwater.access import Caller
 from headwater.dev.services import Postgres
 from headwater.errors import LogUnavailable, NotFound, StoreUnavailable
 from headwater.ids import new_id
+from headwater.messages import Message, Role
 from headwater.reading import Reading
+from headwater.records import Record
 from headwater.runs import Run
 from headwater.streams.base import Meta
 from headwater.streams.memory import MemoryStreamLog
@@ -84,6 +86,22 @@ async def test_a_run_that_only_postgresql_could_know_does_not_hide_the_others(
             refused = await house.reading.may_read_each(STRANGER, [run_id])
             assert {key: type(error) for key, error in refused.items()} == {run_id: NotFound}
         assert (await house.work()).state.terminal
+
+
+async def test_an_answer_in_a_chat_that_another_host_took_is_shown_while_postgresql_is_away(
+    redis_url: str, database_url: str, tmp_path: Path, postgres_server: Postgres
+) -> None:
+    said = Message(new_id(), new_id(), ME.owner_id, Role.ASSISTANT, "Hello", created_at=1)
+    async with make_house(redis_url, database_url, tmp_path, db_wait=0.3) as house:
+        with frozen(postgres_server.pid):
+            # This host's worker has answered; question and chat are in the other's journal.
+            await house.syncer.save([Record.of(said)], wait=0)
+            assert list((await house.reading.get_chat(ME, said.chat_id)).messages) == [said]
+            assert await house.reading.active_task(ME, said.chat_id) is None
+            with pytest.raises(NotFound):
+                await house.reading.active_task(STRANGER, said.chat_id)
+            with pytest.raises(StoreUnavailable):
+                await house.reading.active_task(ME, new_id())
 
 
 async def test_a_log_that_does_not_answer_is_asked_once_for_all_runs(

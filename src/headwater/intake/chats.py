@@ -6,7 +6,7 @@ import logging
 from typing import Final
 
 from headwater.access import Caller
-from headwater.errors import LogUnavailable
+from headwater.errors import JournalUnavailable, LogUnavailable
 from headwater.ids import new_id
 from headwater.intake import checks
 from headwater.intake.parts import Locks, Parts
@@ -54,8 +54,11 @@ class ChatVerbs:
         now = self._parts.clock.now_ms()
         async with self._parts.absence.doubted(chat_id):
             chat = await self._parts.store.chats.rename(caller.owner_id, chat_id, name, now)
-        # It is in PostgreSQL already; the journal shows it while PostgreSQL is away.
-        await self._parts.save([Record.of(chat)], wait=0)
+        try:
+            # It is in PostgreSQL already; the journal shows it while PostgreSQL is away.
+            await self._parts.save([Record.of(chat)], wait=0)
+        except JournalUnavailable as error:
+            logger.warning("the new title of chat %s is in PostgreSQL only: %s", chat_id, error)
         return chat
 
     async def delete(self, caller: Caller, chat_id: str) -> None:
