@@ -14,21 +14,26 @@ class Storage {
   removeItem = (key) => this.#items.delete(key);
 }
 
-/** What `POST …/messages` gets, by turns; the last answer stays. @type {((key: string) => Response)[]} */
+/** What `POST …/messages` gets, by turns; the last answer stays. @type {((options: object) => Response | Promise<Response>)[]} */
 let answers = [];
 let keys = [];
 let places = [];
 let health = { status: "ok", parts: {} };
 let degraded = false;
 let lists = 0;
+/** What a stream is answered. @type {() => Response | Promise<Response>} */
+let streams;
 
 const json = (status, body) => new Response(JSON.stringify(body), { status });
 const away = () => {
   throw new TypeError("fetch failed");
 };
 
-function answer(path, { method, headers }) {
-  if (path.startsWith("/api/stream")) return new Promise(() => {});
+const silence = ({ signal }) => new Promise((_, refuse) => signal?.addEventListener("abort", () => refuse(signal.reason)));
+
+function answer(path, options) {
+  const { method, headers } = options;
+  if (path.startsWith("/api/stream")) return streams();
   if (path === "/api/health") return json(200, health);
   if (path.startsWith("/api/chats?")) {
     lists += 1;
@@ -36,11 +41,12 @@ function answer(path, { method, headers }) {
   }
   if (method !== "POST") return json(404, { detail: "There is nothing of that id." });
   keys.push(headers["Idempotency-Key"]);
-  return (answers.length > 1 ? answers.shift() : answers[0])();
+  return (answers.length > 1 ? answers.shift() : answers[0])(options);
 }
 
 beforeEach(() => {
   [answers, keys, places, lists, degraded] = [[], [], [], 0, false];
+  streams = () => new Promise(() => {});
   const wait = globalThis.setTimeout;
   Object.assign(globalThis, {
     sessionStorage: new Storage(),
@@ -167,4 +173,35 @@ test("while it answers another message can be sent only to a server that would n
   assert.equal(app.shown.messages.get("q2").parent_id, first.id);
   app.shown.ended("run", { content: "So.", status: "done", end: {} });
   assert.equal(app.view(second).queued, undefined);
+});
+
+test("an answer that the server no longer knows is over on the page as well, and can be asked for again", async (t) => {
+  const app = page(t);
+  answers = [() => json(202, TAKEN)];
+  streams = () => json(404, { detail: "There is no such run.", code: "not_found" });
+  await app.send("Why?", null);
+  await eventually(() => app.running === 0);
+  assert.deepEqual(shown(app), ["done Why?", "failed "]);
+  assert.equal(app.shown.messages.get("a").error.code, "not_found");
+});
+
+test("a request that gets no answer is given up and sent again", async (t) => {
+  const wait = globalThis.setTimeout;
+  t.mock.method(AbortSignal, "timeout", () => {
+    const controller = new AbortController();
+    wait(() => controller.abort(), 1);
+    return controller.signal;
+  });
+  const app = page(t);
+  answers = [silence, () => json(202, TAKEN)];
+  await app.send("Why?", null);
+  assert.deepEqual(shown(app), ["done Why?", "processing "]);
+  assert.equal(keys[0], keys[1]);
+});
+
+test("a page that a network puts in the server's place is not taken for its answer", async (t) => {
+  const app = page(t);
+  answers = [() => new Response("<html>Sign in to this network</html>", { status: 200 }), () => json(202, TAKEN)];
+  await app.send("Why?", null);
+  assert.deepEqual(shown(app), ["done Why?", "processing "]);
 });

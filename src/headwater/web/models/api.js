@@ -1,5 +1,7 @@
 /** The HTTP API: JSON in, JSON out, problem documents as errors. */
 
+const PATIENCE = 30_000; // ms; a network that was changed may leave a request without an answer and without an error
+
 /** An answer other than 2xx. `message` is a sentence for a person, `code` is stable. */
 export class ApiError extends Error {
   /** @param {number} status @param {object | null} problem */
@@ -16,10 +18,10 @@ export class ApiError extends Error {
   }
 }
 
-/** No answer at all: the server or the network is away. */
+/** No answer, or none of the server's: it or the network is away. */
 export class Unreachable extends Error {
   constructor() {
-    super("The server cannot be reached. It will be tried again.");
+    super("The server cannot be reached. Check the connection and try again.");
     this.code = "unreachable";
     this.passing = true;
   }
@@ -37,11 +39,13 @@ export async function request(method, path, { body, key } = {}) {
   if (body !== undefined) headers["Content-Type"] = "application/json";
   if (key) headers["Idempotency-Key"] = key;
   const payload = body === undefined ? undefined : JSON.stringify(body);
-  const response = await fetch(path, { method, headers, body: payload, cache: "no-store" }).catch(() => {
+  const signal = AbortSignal.timeout(PATIENCE);
+  const response = await fetch(path, { method, headers, body: payload, cache: "no-store", signal }).catch(() => {
     throw new Unreachable();
   });
   if (response.status === 204) return null;
   const answer = await response.json().catch(() => null); // a proxy's error page is not JSON
+  if (response.ok && answer === null) throw new Unreachable(); // a hotel's network answers in the server's place
   if (response.ok) return answer;
   if (response.status === 401) signIn();
   throw new ApiError(response.status, answer);

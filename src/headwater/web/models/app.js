@@ -345,6 +345,11 @@ export class App {
       return;
     }
     const chatId = this.#runs.get(runId);
+    if (task.status === "gone") {
+      // Deleted with its chat, as a rule: nobody will ever say how it ended.
+      const error = { code: "not_found", message: "The server no longer knows this answer." };
+      this.#threads.get(chatId)?.ended(runId, { ...this.fleet.state(runId), status: "failed", error });
+    }
     this.#forget(runId);
     if (chatId !== undefined) await this.load(chatId);
   }
