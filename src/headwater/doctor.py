@@ -262,6 +262,8 @@ def check_folder(folder: Path) -> Finding:
     free = shutil.disk_usage(existing).free
     text = f"{folder}, {free / 1e9:.1f} GB free"
     try:
+        if not existing.is_dir():
+            raise NotADirectoryError(f"{existing} is no folder")
         if not os.access(existing, os.W_OK):
             raise PermissionError(f"{existing} may not be written")
         if folder.exists():

@@ -40,8 +40,9 @@ from typing import Any, ClassVar
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, for a log or a message; time-outs and some others of foreign code say nothing themselves."""
-    said = str(error).strip()
+    """What an error says, without a full stop, for a log or a message; time-outs and some others of foreign code say
+    nothing themselves."""
+    said = str(error).strip().removesuffix(".")
     return said or ("no answer in time" if isinstance(error, TimeoutError) else type(error).__name__)
 
 

@@ -36,6 +36,7 @@ SYNC_TASK: Final = "headwater.sync"
 CHAT_QUEUE: Final = "chat"
 JOBS_QUEUE: Final = "jobs"
 MAINTENANCE_QUEUE: Final = "maintenance"
+QUEUES: Final = (CHAT_QUEUE, JOBS_QUEUE, MAINTENANCE_QUEUE)
 
 #: Seconds between two of the periodic task.
 SYNC_EVERY: Final = 300.0
@@ -129,7 +130,7 @@ def _delivery(settings: Settings) -> dict[str, Any]:
 
 def _routes() -> dict[str, Any]:
     return {
-        "task_queues": [_queue(name) for name in (CHAT_QUEUE, JOBS_QUEUE, MAINTENANCE_QUEUE)],
+        "task_queues": [_queue(name) for name in QUEUES],
         "task_default_queue": JOBS_QUEUE,
         "task_routes": {SYNC_TASK: {"queue": MAINTENANCE_QUEUE}},
         # In memory: one interval needs no file.

@@ -16,6 +16,7 @@ from headwater.errors import SettingsError
 
 #: `memory` is for tests and demonstrations in one process.
 _REDIS_SCHEMES: Final = frozenset({"redis", "rediss", "unix", "memory"})
+_POSTGRES_SCHEMES: Final = frozenset({"postgresql", "postgres"})
 
 
 class WhenBusy(StrEnum):
@@ -249,6 +250,18 @@ class Settings(BaseSettings):
                 "is no address of a Redis server; it begins with redis://, rediss:// or unix://, "
                 "e.g. redis://127.0.0.1:6379/0, and special characters of a password are percent-encoded"
             )
+        return value
+
+    @field_validator("database_url")
+    @classmethod
+    def _of_postgres(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            scheme, colon, _ = value.get_secret_value().partition("://")
+            if not colon or scheme.partition("+")[0] not in _POSTGRES_SCHEMES:
+                raise ValueError(
+                    "is no address of a PostgreSQL server, the only database that is supported; "
+                    "it looks like postgresql://user:password@host/database"
+                )
         return value
 
     @field_validator("access_token")

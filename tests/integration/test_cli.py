@@ -24,6 +24,7 @@ from headwater.note import Note
 from headwater.records import Record
 from headwater.settings import child_environment
 from headwater.telemetry import Telemetry
+from support.own_redis import own_redis
 from support.stack import Stack, StackMaker
 from support.wait import eventually
 
@@ -139,6 +140,35 @@ async def test_an_exposed_server_without_a_token_is_refused(tmp_path: Path) -> N
     code, output = await command("server", "--host", "0.0.0.0")
     assert code == 2
     assert "HEADWATER_ACCESS_TOKEN" in output
+
+
+async def test_a_worker_of_a_queue_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    command = Command(tmp_path, REDIS_URL="redis://127.0.0.1:1", DATABASE_URL="postgresql://127.0.0.1:1/x")
+    code, output = await command("worker", "--queues", "chat,job")
+    assert code == 2
+    assert output.startswith("No queue is named 'job'. --queues takes chat, jobs, maintenance")
+
+
+async def test_a_server_that_cannot_start_exits_with_1(tmp_path: Path) -> None:
+    command = Command(tmp_path, REDIS_URL="redis://127.0.0.1:1", DATABASE_URL="postgresql://127.0.0.1:1/x")
+    (tmp_path / "data").write_text("in the place of the folder")
+
+    def run() -> tuple[int, str]:
+        with command.popen("server", "--port", "0") as process:
+            output, _ = process.communicate(timeout=60)
+            return process.returncode, output
+
+    code, output = await asyncio.to_thread(run)
+    assert (code, "headwater cannot start: " in output) == (1, True), output
+
+
+async def test_a_redis_that_wants_a_password_is_said_to_refuse(tmp_path: Path) -> None:
+    with own_redis(tmp_path, password="hush") as server:
+        url = f"redis://127.0.0.1:{server.port}/0"
+        code, output = await Command(tmp_path, REDIS_URL=url)("monitor", "celery", "list")
+    assert code == 1
+    assert re.match(r"Redis at 127\.0\.0\.1:\d+/0 refuses: ", output), output
+    assert output.endswith("Check REDIS_URL.\n")
 
 
 async def test_db_init_makes_the_database_and_upgrade_finds_nothing_left_to_do(

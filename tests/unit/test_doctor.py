@@ -133,9 +133,10 @@ def test_a_folder_that_is_not_there_yet_is_not_made(tmp_path: Path) -> None:
 
 def test_a_file_in_the_place_of_the_folder_is_broken(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("")
-    finding = check_folder(tmp_path / "data")
-    assert finding.verdict is Verdict.BAD
-    assert finding.advice
+    for folder in (tmp_path / "data", tmp_path / "data" / "below"):
+        finding = check_folder(folder)
+        assert finding.verdict is Verdict.BAD
+        assert finding.advice
 
 
 async def test_servers_that_do_not_answer_become_findings_and_stop_no_other_check(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_a_failpoint_needs_debug(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_secrets_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OPENAI_API_KEY", "HEADWATER_ACCESS_TOKEN", "DATABASE_URL"):
-        monkeypatch.setenv(name, "very-secret-value")
+        monkeypatch.setenv(name, "postgresql://very-secret-value")
     monkeypatch.setenv("REDIS_URL", "redis://:very-secret-value@127.0.0.1:6379/0")
     assert "very-secret" not in repr(load_settings())
 
@@ -114,3 +114,19 @@ def test_an_address_that_is_not_of_redis_is_refused_without_showing_it(
 def test_addresses_of_redis_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setenv("REDIS_URL", url)
     assert load_settings().need_redis() == url
+
+
+@pytest.mark.parametrize("url", ["foo:hush", "mysql://u:hush@h/d", "postgresql:/u:hush@h", "postgres+hush"])
+def test_an_address_that_is_not_of_postgresql_is_refused_without_showing_it(
+    monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", url)
+    with pytest.raises(SettingsError, match=r"DATABASE_URL.*postgresql://user") as error:
+        load_settings()
+    assert "hush" not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["postgresql:///d?host=/run", "postgres://h", "postgresql+psycopg://u:p@a:1,b:2/d"])
+def test_addresses_of_postgresql_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("DATABASE_URL", url)
+    assert load_settings().need_database() == url

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from headwater.cli.shared import DataDir, Parent, adopt, coloured, settings_with, start_logging
+from headwater.errors import SettingsError
 from headwater.settings import Settings, child_environment
 
 Host = Annotated[str | None, typer.Option("--host", help="Address to bind. [HOST, 127.0.0.1]")]
@@ -129,6 +130,7 @@ def worker(
     settings = settings_with(worker_concurrency=concurrency, worker_pool=pool, worker_processes=processes)
     settings.need_redis()
     settings.need_database()
+    _check_queues(queues)
     if settings.worker_processes > 1:
         _workers(settings, name, queues)
         return
@@ -150,6 +152,18 @@ def worker(
     if queues:
         arguments.append(f"--queues={queues}")
     _celery(app, settings, arguments)
+
+
+def _check_queues(queues: str | None) -> None:
+    """A worker of a queue that nobody sends to would wait for ever. Raises SettingsError."""
+    from headwater.queue import QUEUES
+
+    unknown = [name for name in queues.split(",") if name not in QUEUES] if queues else []
+    if unknown:
+        raise SettingsError(
+            f"No queue is named {' or '.join(map(repr, unknown))}. --queues takes {', '.join(QUEUES)}, "
+            "several with a comma and no space between."
+        )
 
 
 def _workers(settings: Settings, name: str | None, queues: str | None) -> None:

@@ -285,7 +285,7 @@ def explained() -> Iterator[None]:
     except TimeoutError as error:
         raise StoreUnavailable("PostgreSQL did not answer in time.") from error
     except (SQLAlchemyError, OSError) as error:
-        raise StoreUnavailable(f"PostgreSQL cannot be used: {_first_line(error)}") from error
+        raise _unusable(_first_line(error)) from error
 
 
 def _explain(cause: BaseException) -> StoreUnavailable | RecordRefused:
@@ -298,7 +298,13 @@ def _explain(cause: BaseException) -> StoreUnavailable | RecordRefused:
         return RecordRefused(f"PostgreSQL refuses this data: {reason}")
     if state.startswith(_SCHEMA):
         return StoreUnavailable(f"The database's schema does not fit; run `headwater db upgrade`: {reason}")
-    return StoreUnavailable(f"PostgreSQL cannot be used: {reason}")
+    return _unusable(reason)
+
+
+def _unusable(reason: str) -> StoreUnavailable:
+    return StoreUnavailable(
+        f"PostgreSQL cannot be used: {reason.removesuffix('.')}. Check DATABASE_URL and `headwater doctor`."
+    )
 
 
 def _first_line(error: BaseException) -> str:

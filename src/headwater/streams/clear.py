@@ -8,9 +8,8 @@ from typing import Final
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from headwater.errors import LogUnavailable, reason
 from headwater.streams import keys
-from headwater.streams.probe import shown
+from headwater.streams.probe import away
 
 #: Seconds to wait for a server that does not answer.
 _PATIENCE: Final = 5.0
@@ -32,7 +31,7 @@ async def clear(url: str, queues: Sequence[str]) -> int:
             await _unlink(client, f"{keys.OWNERS}*")
             return len({key.rpartition(":")[0] for key in await _unlink(client, keys.channel("*") + ":*")})
     except (RedisError, OSError) as error:
-        raise LogUnavailable(f"Redis at {shown(url)} does not answer: {reason(error)}. Check REDIS_URL.") from None
+        raise away(url, error) from None
 
 
 async def _unlink(client: redis.asyncio.Redis, pattern: str) -> set[str]:

@@ -8,7 +8,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 import redis.asyncio
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
 from headwater.errors import LogUnavailable, reason
 from headwater.streams import keys
@@ -51,7 +51,7 @@ async def redis_facts(url: str) -> RedisFacts:
             info = await client.info()
             refused = await _refused(client)
     except (RedisError, OSError, ValueError) as error:
-        raise LogUnavailable(f"Redis at {shown(url)} does not answer: {reason(error)}. Check REDIS_URL.") from None
+        raise away(url, error) from None
     return RedisFacts(
         version=str(info.get("valkey_version") or info.get("redis_version", "unknown")),
         policy=str(info.get("maxmemory_policy", "unknown")),
@@ -72,6 +72,14 @@ async def _refused(client: redis.asyncio.Redis) -> str:
         except ResponseError as error:
             return f"{key}: {reason(error)}"
     return ""
+
+
+def away(url: str, error: Exception) -> LogUnavailable:
+    """What to raise for an error of redis-py or of the network: the address, the reason and what to do."""
+    # Both come with an answer: a password is missing or wrong, a right is, or there is no such database.
+    refused = isinstance(error, ResponseError | AuthenticationError)
+    does = "refuses" if refused else "does not answer"
+    return LogUnavailable(f"Redis at {shown(url)} {does}: {reason(error)}. Check REDIS_URL.")
 
 
 def shown(url: str) -> str:

@@ -12,10 +12,9 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from headwater.errors import LogUnavailable, reason
 from headwater.events import Event
 from headwater.streams import keys
-from headwater.streams.probe import shown
+from headwater.streams.probe import away
 
 #: Seconds to wait for a server that does not answer.
 _PATIENCE: Final = 5.0
@@ -68,11 +67,9 @@ async def published(url: str, pattern: str) -> AsyncIterator[Published | None]:
                         yield parse_published(message["channel"].decode(errors="replace"), message["data"])
         except (RedisConnectionError, RedisTimeoutError, OSError) as error:
             if not stood:
-                # asyncio's own TimeoutError, which is an OSError, says nothing.
-                why = str(error) or f"it is silent for {_PATIENCE:g} s"
-                raise LogUnavailable(f"Redis at {shown(url)} does not answer: {why}. Check REDIS_URL.") from None
+                raise away(url, error) from None
         except RedisError as error:
-            raise LogUnavailable(f"Redis at {shown(url)} refuses: {error}.") from None
+            raise away(url, error) from None
         await asyncio.sleep(_RETRY)
 
 
@@ -115,7 +112,7 @@ async def _answer(url: str, call: Any) -> Any:
     try:
         return await call
     except (RedisError, OSError) as error:
-        raise LogUnavailable(f"Redis at {shown(url)} does not answer: {reason(error)}. Check REDIS_URL.") from None
+        raise away(url, error) from None
 
 
 def _run_id(key: str) -> str:
