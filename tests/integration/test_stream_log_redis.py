@@ -340,6 +340,21 @@ class TestForeign:
             await world.raw.hset(f"stream:{{{spoiled.id}}}:metadata", "status", value)
         assert {due.run_id: due.run for due in await world.log.due(10)} == {spoiled.id: None, other.id: other}
 
+    @pytest.mark.parametrize("field", ["status", "attempt", "lease_until"])
+    async def test_metadata_that_cannot_be_read_count_as_lost_and_are_nobody_elses_trouble(
+        self, world: RedisWorld, field: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        spoiled, other = new_run(), new_run()
+        for run in (spoiled, other):
+            await world.log.open(run, 0)
+        await world.raw.hset(f"stream:{{{spoiled.id}}}:metadata", field, "what?")
+        lost, whole = await world.log.metas([spoiled.id, other.id])
+        assert lost is None
+        assert whole is not None
+        assert whole.run_id == other.id
+        assert await world.log.cancel(spoiled.id) is None
+        assert f"metadata of run {spoiled.id} cannot be read" in caplog.text
+
     @pytest.mark.parametrize("key", ["metadata", "chunks"])
     async def test_its_holder_writes_it_again_and_others_notice_nothing(self, world: RedisWorld, key: str) -> None:
         run, other = new_run(), new_run()

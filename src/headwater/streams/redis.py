@@ -182,7 +182,7 @@ class RedisStreamLog(StreamLog):
     async def cancel(self, run_id: str) -> Meta | None:
         asked = self._scripts.cancel(keys.metadata(run_id), keys.chunks(run_id), *keys.META_FIELDS)
         ((now, values, length),) = await self._send(asked)
-        return meta_of(run_id, now, values, length)
+        return _meta(run_id, now, values, length)
 
     async def forget(self, run_id: str) -> None:
         await self._send(("DEL", *_keys(run_id), keys.behind(run_id)), ("ZREM", keys.DUE, run_id))
@@ -196,7 +196,7 @@ class RedisStreamLog(StreamLog):
         (seconds, micros), *replies = await self._send(("TIME",), *asked)
         now = int(seconds) * 1000 + int(micros) // 1000
         return [
-            meta_of(run_id, now, values, length)
+            _meta(run_id, now, values, length)
             for run_id, values, length in zip(run_ids, replies[::2], replies[1::2], strict=True)
         ]
 
@@ -328,6 +328,15 @@ def _keys(run_id: str) -> tuple[str, str, str]:
 
 def _meta_commands(run_id: str) -> tuple[Command, Command]:
     return ("HMGET", keys.metadata(run_id), *keys.META_FIELDS), ("LLEN", keys.chunks(run_id))
+
+
+def _meta(run_id: str, now: int, values: Sequence[bytes | None], length: int) -> Meta | None:
+    """`meta_of`; None also where something else has written what cannot be read, which is nobody else's trouble."""
+    try:
+        return meta_of(run_id, now, values, length)
+    except ValueError as error:
+        logger.warning("The metadata of run %s cannot be read, and count as lost: %s", run_id, error)
+        return None
 
 
 def _identity(run: Run) -> tuple[str, str, str, bytes]:
