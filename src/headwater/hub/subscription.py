@@ -86,6 +86,7 @@ class Subscription:
         self._behind = False
         self._reason = "join"
         self._max_pending = max_pending
+        #: Set while somebody waits, and after a wait that was cancelled until the next one.
         self._waiter: asyncio.Future[None] | None = None
         self._beat_due = False
         self._returned_at = loop.time()
@@ -149,15 +150,13 @@ class Subscription:
 
         That is when somebody waits, nothing else is due, and the batch goes on where we stand without ending the run.
         """
-        waiter = self._waiter
         if (
             self.push is not None
             and batch.first == self._seq + 1
             and not self._behind
             and (batch.epoch == self._epoch or self._seq == 0)
             and not batch.terminal
-            and waiter is not None
-            and not waiter.done()
+            and self._waiter is not None
             and self.push(batch)
         ):
             self._epoch = batch.epoch
@@ -195,7 +194,7 @@ class Subscription:
             self.fall_behind("watchdog")
 
     def beat(self, before: float) -> None:
-        if self._waiter is not None and not self._waiter.done() and self._returned_at <= before:
+        if self._waiter is not None and self._returned_at <= before:
             self._beat_due = True
             self._wake()
 
@@ -282,5 +281,6 @@ class Subscription:
         return self._behind and self._loop.time() >= self._retry_at
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
