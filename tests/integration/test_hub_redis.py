@@ -282,10 +282,10 @@ class Ear:
     def __init__(self) -> None:
         self.told: list[str] = []
 
-    def subscribed(self, run_id: str) -> None:
+    def subscribed(self) -> None:
         self.told.append("subscribed")
 
-    def published(self, run_id: str, batch: Batch) -> None:
+    def published(self, batch: Batch) -> None:
         self.told.append("published")
 
     def lost(self) -> None:
@@ -295,8 +295,8 @@ class Ear:
 async def test_a_feed_notices_a_frozen_server_by_its_silence_and_confirms_anew_afterwards(tmp_path: Path) -> None:
     with own_redis(tmp_path) as server:
         ear, feed = Ear(), RedisFeed(server.url(), ping_after=0.1, dead_after=0.5)
-        await feed.start(ear)
-        feed.follow("run")
+        await feed.start(ear.lost)
+        feed.follow("run", ear)
         await eventually(lambda: ear.told == ["subscribed"])
         with frozen(server):
             await eventually(lambda: ear.told == ["subscribed", "lost"])
@@ -308,8 +308,8 @@ async def test_a_quiet_connection_is_kept_by_its_pings(tmp_path: Path) -> None:
     with own_redis(tmp_path) as server:
         world, ear = RedisWorld(server.url()), Ear()
         feed = RedisFeed(server.url(), ping_after=0.02, dead_after=0.3)
-        await feed.start(ear)
-        feed.follow("run")
+        await feed.start(ear.lost)
+        feed.follow("run", ear)
 
         async def pings() -> int:
             stats = await world.raw.info("commandstats")
@@ -335,8 +335,8 @@ async def test_a_feed_that_may_not_sign_in_says_so_and_tries_again(
         await world.raw.config_set("requirepass", "right")
         feed = RedisFeed(server.url().replace("redis://", "redis://:wrong@"), ping_after=0.1)
         with caplog.at_level(logging.WARNING):
-            await feed.start(ear)
-            feed.follow("run")
+            await feed.start(ear.lost)
+            feed.follow("run", ear)
             await eventually(lambda: "WRONGPASS" in caplog.text)
         await world.raw.config_set("requirepass", "wrong")
         await eventually(lambda: ear.told == ["subscribed"])
@@ -348,8 +348,8 @@ async def test_a_feed_started_before_its_server_connects_when_it_is_there(tmp_pa
     with own_redis(tmp_path) as server:
         server.stop()
         ear, feed = Ear(), RedisFeed(server.url())
-        await feed.start(ear)
-        feed.follow("run")
+        await feed.start(ear.lost)
+        feed.follow("run", ear)
         server.start()
         await eventually(lambda: ear.told == ["subscribed"])
         await feed.stop()

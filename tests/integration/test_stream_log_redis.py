@@ -734,17 +734,17 @@ async def _has(world: RedisWorld, leases: Sequence[Lease], count: int) -> bool:
 
 
 async def test_a_unix_socket_and_tls_work_for_the_log_and_its_feed(tmp_path: Path) -> None:
-    heard: list[tuple[str, str, int]] = []
+    heard: list[tuple[str, int]] = []
 
     class Ear:
-        def subscribed(self, run_id: str) -> None:
-            heard.append(("subscribed", run_id, 0))
+        def subscribed(self) -> None:
+            heard.append(("subscribed", 0))
 
-        def published(self, run_id: str, batch: Batch) -> None:
-            heard.append(("published", run_id, len(batch.events)))
+        def published(self, batch: Batch) -> None:
+            heard.append(("published", len(batch.events)))
 
-        def lost(self) -> None:
-            heard.append(("lost", "", 0))
+    def lost() -> None:
+        heard.append(("lost", 0))
 
     # A unix socket's path is limited to about 100 characters.
     socket = f"/tmp/headwater-test-{os.getpid()}.sock"
@@ -761,12 +761,12 @@ async def test_a_unix_socket_and_tls_work_for_the_log_and_its_feed(tmp_path: Pat
                 heard.clear()
                 log = RedisStreamLog(url, ttl=60, lease_seconds=10)
                 feed = log.feed()
-                await feed.start(Ear())
+                await feed.start(lost)
                 run = new_run()
-                feed.follow(run.id)
-                await eventually(partial(heard.__contains__, ("subscribed", run.id, 0)))
+                feed.follow(run.id, Ear())
+                await eventually(partial(heard.__contains__, ("subscribed", 0)))
                 lease = await log.claim(run, "worker")
                 await log.append(lease, [*numbered(1, 2), end(3)])
-                await eventually(partial(heard.__contains__, ("published", run.id, 3)))
+                await eventually(partial(heard.__contains__, ("published", 3)))
                 await feed.stop()
                 await log.close()

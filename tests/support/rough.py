@@ -3,60 +3,49 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from headwater.errors import LogUnavailable
-from headwater.streams.base import Feed, FeedSink, Meta, Page
+from headwater.streams.base import Feed, Follower, Meta, Page
 from headwater.streams.batch import Batch
 from headwater.streams.memory import MemoryFeed, MemoryStreamLog
 
 
 class RoughFeed(Feed):
-    """Between a feed and its sink: holds, loses, repeats and reorders messages, and breaks."""
+    """Between a feed and its followers: holds, loses, repeats and reorders messages, and breaks."""
 
     def __init__(self, inner: MemoryFeed) -> None:
         self._inner = inner
-        self._followed: dict[str, None] = {}
-        self.sink: FeedSink | None = None
+        self._followers: dict[str, Follower] = {}
+        self._lost: Callable[[], None] | None = None
         #: Messages under way, oldest first: `("subscribed", run)` or `("published", run, batch)`.
         self.mail: list[tuple[Any, ...]] = []
         #: Messages stay in `mail` until `deliver`.
         self.holding = False
         self.connected = True
 
-    async def start(self, sink: FeedSink) -> None:
-        self.sink = sink
-        await self._inner.start(self)
+    async def start(self, lost: Callable[[], None]) -> None:
+        self._lost = lost
+        await self._inner.start(_never)
 
-    def follow(self, run_id: str) -> None:
-        self._followed[run_id] = None
+    def follow(self, run_id: str, follower: Follower) -> None:
+        self._followers[run_id] = follower
         if self.connected:
-            self._inner.follow(run_id)
+            self._inner.follow(run_id, _Mailer(self, run_id))
 
     def unfollow(self, run_id: str) -> None:
-        self._followed.pop(run_id, None)
+        self._followers.pop(run_id, None)
         self._inner.unfollow(run_id)
 
     @property
     def followed(self) -> list[str]:
-        return list(self._followed)
+        return list(self._followers)
 
     async def stop(self) -> None:
         await self._inner.stop()
 
-    # --- as the inner feed's sink ---------------------------------------------------------------
-
-    def subscribed(self, run_id: str) -> None:
-        self._take_in(("subscribed", run_id))
-
-    def published(self, run_id: str, batch: Batch) -> None:
-        self._take_in(("published", run_id, batch))
-
-    def lost(self) -> None:
-        raise AssertionError("a feed in memory does not break")
-
-    def _take_in(self, message: tuple[Any, ...]) -> None:
+    def take_in(self, message: tuple[Any, ...]) -> None:
         if self.connected:
             self.mail.append(message)
             if not self.holding:
@@ -69,26 +58,45 @@ class RoughFeed(Feed):
             self.hand_over(self.mail.pop(0))
 
     def hand_over(self, message: tuple[Any, ...]) -> None:
-        assert self.sink is not None
-        kind, *arguments = message
-        getattr(self.sink, kind)(*arguments)
+        kind, run_id, *arguments = message
+        # Whoever follows the run now, as over a real connection.
+        if (follower := self._followers.get(run_id)) is not None:
+            getattr(follower, kind)(*arguments)
 
     def sever(self) -> None:
         """The connection breaks: what was under way is gone, and so is what is published until `mend`."""
         if self.connected:
             self.connected = False
             self.mail.clear()
-            for run_id in self._followed:
+            for run_id in self._followers:
                 self._inner.unfollow(run_id)
-            assert self.sink is not None
-            self.sink.lost()
+            assert self._lost is not None
+            self._lost()
 
     def mend(self) -> None:
         """Connected again, and every subscription confirmed anew."""
         if not self.connected:
             self.connected = True
-            for run_id in self._followed:
-                self._inner.follow(run_id)
+            for run_id in self._followers:
+                self._inner.follow(run_id, _Mailer(self, run_id))
+
+
+class _Mailer:
+    """What a run's follower is to hear goes by mail."""
+
+    def __init__(self, feed: RoughFeed, run_id: str) -> None:
+        self._feed = feed
+        self._run_id = run_id
+
+    def subscribed(self) -> None:
+        self._feed.take_in(("subscribed", self._run_id))
+
+    def published(self, batch: Batch) -> None:
+        self._feed.take_in(("published", self._run_id, batch))
+
+
+def _never() -> None:
+    raise AssertionError("a feed in memory does not break")
 
 
 class RoughLog(MemoryStreamLog):

@@ -161,7 +161,7 @@ class TestReading:
         events = [*numbered(1, 6), end(7)]
         await scene.log.append(scene.lease, events[written:])
         for first in range(1, 8):
-            scene.hub.published(scene.run.id, Batch(scene.lease.epoch, events[first - 1 :]))
+            scene.hub._channels[scene.run.id].published(Batch(scene.lease.epoch, events[first - 1 :]))
         scene.log.gate.set()
         assert seqs(await following) == list(range(after + 1, 8))
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from typing import Final, Protocol
 
 from headwater.clock import Clock, SystemClock
 from headwater.errors import LogUnavailable, Unavailable
 from headwater.events import Cursor
+from headwater.hub.channel import Channel, Tally
 from headwater.hub.subscription import Subscription
 from headwater.service import Service
 from headwater.streams.base import Feed, Page, StreamLog
-from headwater.streams.batch import Batch
 from headwater.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -32,40 +31,11 @@ METAS: Final = 256
 UNCONFIRMED: Final = 1.0
 
 
-#: One pushed batch of so many is timed: the clock and the sum are a twentieth of its way.
-TIMED: Final = 8
-
-
 class History(Protocol):
     """Events synthesised from what is stored, for runs whose log has expired."""
 
     async def page(self, run_id: str) -> Page | None:
         """All events under an epoch of its own, closed. None when the run is unknown or has not ended."""
-
-
-class _Channel:
-    """One followed run."""
-
-    __slots__ = ("check_at", "confirmed", "followers", "only", "run_id")
-
-    def __init__(self, run_id: str, check_at: float) -> None:
-        self.run_id = run_id
-        #: In order of arrival; a dict, because leaving must not cost the number of readers.
-        self.followers: dict[Subscription, None] = {}
-        #: The follower of a run that has one only, as most have: a look into the dict is much of a message's way.
-        self.only: Subscription | None = None
-        #: The feed's subscription stands.
-        self.confirmed = False
-        #: Loop time at which the watchdog looks after it.
-        self.check_at = check_at
-
-    def add(self, subscription: Subscription) -> None:
-        self.only = subscription if not self.followers else None
-        self.followers[subscription] = None
-
-    def remove(self, subscription: Subscription) -> None:
-        del self.followers[subscription]
-        self.only = next(iter(self.followers)) if len(self.followers) == 1 else None
 
 
 class Hub(Service):
@@ -89,14 +59,11 @@ class Hub(Service):
         self.max_pending = max_pending
         self._heartbeat = heartbeat
         self._watchdog = watchdog
-        self._clock = clock or SystemClock()
+        self._tally = Tally(clock or SystemClock())
         self._loop: asyncio.AbstractEventLoop
         self._feed: Feed | None = None
-        self._channels: dict[str, _Channel] = {}
+        self._channels: dict[str, Channel] = {}
         self._readers = 0
-        #: What is told in bulk: a call of the metrics' library for each message would cost as much as its delivery.
-        self._heard = 0
-        self._delays: Counter[int] = Counter()
         self._turns = asyncio.Semaphore(READS)
 
     def subscribe(self, run_id: str, after: Cursor | None, among: int = 1) -> Subscription:
@@ -113,9 +80,10 @@ class Hub(Service):
             return subscription
         channel = self._channels.get(run_id)
         if channel is None:
-            channel = _Channel(run_id, self._loop.time() + min(UNCONFIRMED, self._watchdog))
+            check_at = self._loop.time() + min(UNCONFIRMED, self._watchdog)
+            channel = Channel(run_id, self._loop, self._tally, check_at, self._watchdog)
             self._channels[run_id] = channel
-            self._feed.follow(run_id)
+            self._feed.follow(run_id, channel)
         channel.add(subscription)
         self._readers += 1
         self.telemetry.gauge("headwater_readers", self._readers)
@@ -137,8 +105,8 @@ class Hub(Service):
                 self._feed.unfollow(channel.run_id)
 
     def delivered(self, born: int) -> None:
-        """A reader was sent a pushed batch. Its stamp is of the worker's clock: what the two disagree by is in it."""
-        self._delays[self._clock.now_ms() - born] += 1
+        """A reader was sent a pushed batch whose first event was made at `born`, Unix milliseconds."""
+        self._tally.delivered(born)
 
     async def page(self, run_id: str, after: int) -> Page | None:
         """The next events of the log, or all of the history when there is no log. Raises Unavailable."""
@@ -155,43 +123,8 @@ class Hub(Service):
             page = await self.history.page(run_id)
         return page
 
-    # --- what the feed says ---------------------------------------------------------------------
-
-    def subscribed(self, run_id: str) -> None:
-        channel = self._channels.get(run_id)
-        if channel is None:
-            return
-        # Also when it stood before: a confirmation may belong to an earlier subscription that was
-        # taken back since, or to a connection made again. What came before it is in the log.
-        reason = "resubscribed" if channel.confirmed else "join"
-        channel.confirmed = True
-        channel.check_at = self._loop.time() + self._watchdog
-        for follower in channel.followers:
-            follower.fall_behind(reason)
-
-    def published(self, run_id: str, batch: Batch) -> None:
-        self._heard += 1
-        channel = self._channels.get(run_id)
-        if channel is None:
-            return
-        now = self._loop.time()
-        channel.check_at = now + self._watchdog
-        if not batch.lines:
-            for follower in channel.followers:
-                follower.fall_behind("rewritten")
-            return
-        batch.timed = self._heard % TIMED == 1
-        if channel.only is not None:
-            passed_on = channel.only.offer(batch, now)
-        else:
-            passed_on, batch.encodings = False, {}
-            for follower in channel.followers:
-                if follower.offer(batch, now):
-                    passed_on = True
-        if passed_on and batch.timed:
-            self.delivered(batch.take_born())
-
-    def lost(self) -> None:
+    def _lost(self) -> None:
+        """The feed's connection broke. Every subscription will be confirmed anew."""
         self.telemetry.count("headwater_hub_reconnects_total")
         check_at = self._loop.time() + min(UNCONFIRMED, self._watchdog)
         for channel in self._channels.values():
@@ -203,7 +136,7 @@ class Hub(Service):
     async def open(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._feed = self.log.feed()
-        await self._feed.start(self)
+        await self._feed.start(self._lost)
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -221,15 +154,7 @@ class Hub(Service):
         feed, self._feed = self._feed, None
         if feed is not None:
             await feed.stop()
-        self._tell()
-
-    def _tell(self) -> None:
-        heard, self._heard = self._heard, 0
-        delays, self._delays = self._delays, Counter()
-        if heard:
-            self.telemetry.count("headwater_hub_batches_total", heard)
-        for delay, times in delays.items():
-            self.telemetry.observe_times("headwater_delivery_seconds", max(0, delay) / 1000, times)
+        self._tally.tell(self.telemetry)
 
     async def _beat(self) -> None:
         """Wake readers that have been quiet, early enough that none is quiet for longer than `heartbeat`."""
@@ -245,7 +170,7 @@ class Hub(Service):
         """Look after channels that have been silent: the message that would tell may have been lost."""
         while True:
             await asyncio.sleep(min(UNCONFIRMED, self._watchdog) / 2)
-            self._tell()
+            self._tally.tell(self.telemetry)
             now = self._loop.time()
             silent = [channel for channel in self._channels.values() if channel.check_at <= now]
             for at in range(0, len(silent), METAS):

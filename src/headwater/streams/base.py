@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, Protocol
@@ -229,29 +229,29 @@ class StreamLog(ABC):
         """Give back the connections."""
 
 
-class FeedSink(Protocol):
-    """Who a feed talks to: the hub. Called on the event loop, must not block."""
+class Follower(Protocol):
+    """Who hears of one run. Called on the event loop, must not block."""
 
-    def subscribed(self, run_id: str) -> None:
+    def subscribed(self) -> None:
         """The subscription stands. What was published before may have been missed, also at a repeated call."""
 
-    def published(self, run_id: str, batch: Batch) -> None:
+    def published(self, batch: Batch) -> None:
         """Events were appended. May repeat, be missing or come late. No events: the log was written again, read it."""
-
-    def lost(self) -> None:
-        """The connection broke; it is made again and every subscription is confirmed anew."""
 
 
 class Feed(ABC):
     """One upstream connection that follows many runs."""
 
     @abstractmethod
-    async def start(self, sink: FeedSink) -> None:
-        """Begin to connect. Returns at once also when the server is away; keeps trying."""
+    async def start(self, lost: Callable[[], None]) -> None:
+        """Begin to connect. Returns at once also when the server is away; keeps trying.
+
+        `lost` is called when the connection broke; it is made again, and every subscription is confirmed anew.
+        """
 
     @abstractmethod
-    def follow(self, run_id: str) -> None:
-        """Subscribe; `sink.subscribed` confirms. Never blocks."""
+    def follow(self, run_id: str, follower: Follower) -> None:
+        """Subscribe; `follower.subscribed` confirms. Never blocks."""
 
     @abstractmethod
     def unfollow(self, run_id: str) -> None:

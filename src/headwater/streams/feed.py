@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import hiredis
@@ -21,7 +21,7 @@ from redis.asyncio.connection import parse_url
 
 from headwater.errors import reason
 from headwater.streams import keys, wire
-from headwater.streams.base import Feed, FeedSink
+from headwater.streams.base import Feed, Follower
 from headwater.streams.batch import Batch
 from headwater.streams.wire import Connection, Refused
 
@@ -46,34 +46,34 @@ class RedisFeed(Feed):
         self._where = parse_url(url)
         self._ping_after = ping_after
         self._dead_after = dead_after
-        self._sink: FeedSink | None = None
+        self._lost: Callable[[], None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._connection: Connection | None = None
-        #: Channel → run, of all that is followed.
-        self._runs: dict[bytes, str] = {}
+        #: By channel. What arrives goes straight to its follower: a further look-up by the run would be felt.
+        self._followers: dict[bytes, Follower] = {}
         #: Runs whose subscription is to be sent or taken back in this turn of the loop, in order.
         self._changed: dict[str, None] = {}
 
-    async def start(self, sink: FeedSink) -> None:
+    async def start(self, lost: Callable[[], None]) -> None:
         if self._task is None:
-            self._sink = sink
+            self._lost = lost
             self._task = asyncio.create_task(self._keep_connected(), name="feed")
 
     async def stop(self) -> None:
         # First of all: closing the connection ourselves is no loss to report.
-        self._sink = None
-        self._runs.clear()
+        self._lost = None
+        self._followers.clear()
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
             await asyncio.wait([task])
 
-    def follow(self, run_id: str) -> None:
-        self._runs[keys.channel(run_id).encode()] = run_id
+    def follow(self, run_id: str, follower: Follower) -> None:
+        self._followers[keys.channel(run_id).encode()] = follower
         self._change(run_id)
 
     def unfollow(self, run_id: str) -> None:
-        self._runs.pop(keys.channel(run_id).encode(), None)
+        self._followers.pop(keys.channel(run_id).encode(), None)
         self._change(run_id)
 
     # --- commands -------------------------------------------------------------------------------
@@ -88,8 +88,8 @@ class RedisFeed(Feed):
         changed = [keys.channel(run_id).encode() for run_id in self._changed]
         self._changed.clear()
         if self._connection is not None:
-            _send_chunked(self._connection, b"SUBSCRIBE", [name for name in changed if name in self._runs])
-            _send_chunked(self._connection, b"UNSUBSCRIBE", [name for name in changed if name not in self._runs])
+            _send_chunked(self._connection, b"SUBSCRIBE", [name for name in changed if name in self._followers])
+            _send_chunked(self._connection, b"UNSUBSCRIBE", [name for name in changed if name not in self._followers])
 
     # --- the connection -------------------------------------------------------------------------
 
@@ -117,7 +117,7 @@ class RedisFeed(Feed):
         """Follow all over this connection until it breaks or falls silent."""
         self._connection = connection
         try:
-            _send_chunked(connection, b"SUBSCRIBE", list(self._runs))
+            _send_chunked(connection, b"SUBSCRIBE", list(self._followers))
             while not connection.broken.done():
                 await asyncio.wait([connection.broken], timeout=self._ping_after)
                 silence = asyncio.get_running_loop().time() - connection.heard_at
@@ -129,19 +129,18 @@ class RedisFeed(Feed):
         finally:
             self._connection = None
             connection.abort()
-            if self._sink is not None:
-                self._sink.lost()
+            if self._lost is not None:
+                self._lost()
 
     # --- what arrives ---------------------------------------------------------------------------
 
     def _receive(self, reply: Any) -> None:
-        sink = self._sink
-        if sink is None or type(reply) is not list:
+        if type(reply) is not list:
             if isinstance(reply, hiredis.ReplyError):
                 logger.error("Redis refuses a command of the feed: %s. Does the user have the right &stream:*?", reply)
             return
-        run_id = self._runs.get(reply[1])
-        if run_id is None:
+        follower = self._followers.get(reply[1])
+        if follower is None:
             return
         try:
             if reply[0] == b"message":
@@ -150,12 +149,12 @@ class RedisFeed(Feed):
                 except ValueError:
                     logger.exception("A published message cannot be read; its readers go to the log instead")
                     batch = Batch("")
-                sink.published(run_id, batch)
+                follower.published(batch)
             elif reply[0] == b"subscribe":
-                sink.subscribed(run_id)
+                follower.subscribed()
         except Exception:
             # One message that its receiver chokes on must not take the connection of all others along.
-            logger.exception("A message of run %s could not be passed on", run_id)
+            logger.exception("A message on %s could not be passed on", reply[1].decode(errors="replace"))
 
 
 def _send_chunked(connection: Connection, verb: bytes, names: Sequence[bytes]) -> None:

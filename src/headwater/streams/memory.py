@@ -6,7 +6,7 @@ Everything happens on one event loop, so every method is atomic by itself.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final
@@ -22,7 +22,7 @@ from headwater.streams.base import (
     Appended,
     Due,
     Feed,
-    FeedSink,
+    Follower,
     Meta,
     Page,
     Renewed,
@@ -305,36 +305,33 @@ class MemoryFeed(Feed):
 
     def __init__(self, feeds: set[MemoryFeed]) -> None:
         self._feeds = feeds
-        self._followed: set[str] = set()
-        self._sink: FeedSink | None = None
+        self._followers: dict[str, Follower] = {}
 
-    async def start(self, sink: FeedSink) -> None:
-        self._sink = sink
+    async def start(self, lost: Callable[[], None]) -> None:
         self._feeds.add(self)
 
-    def follow(self, run_id: str) -> None:
-        self._followed.add(run_id)
+    def follow(self, run_id: str, follower: Follower) -> None:
+        self._followers[run_id] = follower
         asyncio.get_running_loop().call_soon(self._confirm, run_id)
 
     def unfollow(self, run_id: str) -> None:
-        self._followed.discard(run_id)
+        self._followers.pop(run_id, None)
 
     def publish(self, run_id: str, epoch: str, events: Sequence[Event]) -> None:
-        if run_id in self._followed:
+        if run_id in self._followers:
             asyncio.get_running_loop().call_soon(self._deliver, run_id, epoch, events)
 
     def _confirm(self, run_id: str) -> None:
-        if self._sink is not None and run_id in self._followed:
-            self._sink.subscribed(run_id)
+        if (follower := self._followers.get(run_id)) is not None:
+            follower.subscribed()
 
     def _deliver(self, run_id: str, epoch: str, events: Sequence[Event]) -> None:
-        if self._sink is not None and run_id in self._followed:
-            self._sink.published(run_id, Batch(epoch, events))
+        if (follower := self._followers.get(run_id)) is not None:
+            follower.published(Batch(epoch, events))
 
     async def stop(self) -> None:
         self._feeds.discard(self)
-        self._followed.clear()
-        self._sink = None
+        self._followers.clear()
 
 
 def _fenced(lease: Lease) -> Fenced:
