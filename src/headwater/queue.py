@@ -277,10 +277,15 @@ class Dispatcher(Service):
                     return
                 backoff = min(backoff * 2, LAST_BACKOFF)
                 continue
-            except Exception:
+            except Exception as error:
                 # Not Redis but this run, or us. A thread that died here would end all enqueueing in silence.
                 self._telemetry.count("headwater_enqueue_failed_total")
-                logger.exception("Run %s cannot be handed to Celery and is left to the sweeper", run.id)
+                # Nor is it us when what this works with was closed under it, as a stop does in the end.
+                fault = None if self._stopping.is_set() else error
+                level = logging.ERROR if fault else logging.WARNING
+                logger.log(
+                    level, "Run %s cannot be handed to Celery and is left to the sweeper", run.id, exc_info=fault
+                )
             backoff = FIRST_BACKOFF
 
     def _next(self) -> tuple[Run, Callable[[Run], None]] | None:

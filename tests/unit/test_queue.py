@@ -193,6 +193,22 @@ async def test_a_send_that_hangs_does_not_keep_it_from_stopping(monkeypatch: pyt
     await eventually(lambda: post.celery.sent)
 
 
+async def test_what_is_closed_under_a_send_that_hangs_is_no_fault(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("headwater.queue.STOP_GRACE", 0.05)
+    post, run = Post(), new_run()
+    post.celery.gate.clear()
+    async with running(post.dispatcher):
+        post.dispatcher.enqueue(run)
+        await asyncio.to_thread(post.celery.trying.wait)
+    post.celery.errors = [TypeError("argument must be an int, or have a fileno() method.")]
+    post.celery.gate.set()
+    said = await eventually(lambda: caplog.records)
+    assert [(record.levelname, record.exc_info) for record in said] == [("WARNING", None)]
+    assert run.id in said[0].getMessage()
+
+
 async def test_it_can_be_started_again() -> None:
     post = Post()
     for _ in range(2):
