@@ -27,7 +27,6 @@ from headwater.streams.probe import RedisFacts
 REDIS = RedisFacts(
     version="9.0.1",
     policy="noeviction",
-    max_memory=0,
     used_memory=2_000_000,
     append_only=True,
     round_trip=0.0003,

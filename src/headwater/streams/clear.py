@@ -6,13 +6,10 @@ from collections.abc import Sequence
 from typing import Final
 
 import redis.asyncio
-from redis.exceptions import RedisError
 
 from headwater.streams import keys
-from headwater.streams.probe import away
+from headwater.streams.probe import look
 
-#: Seconds to wait for a server that does not answer.
-_PATIENCE: Final = 5.0
 #: Keys looked at, and deleted, in one step.
 _STEP: Final = 500
 
@@ -22,16 +19,11 @@ async def clear(url: str, queues: Sequence[str]) -> int:
 
     Raises LogUnavailable.
     """
-    try:
-        async with redis.asyncio.Redis.from_url(
-            url, socket_timeout=_PATIENCE, socket_connect_timeout=_PATIENCE, decode_responses=True
-        ) as client:
-            # First what would begin a run again.
-            await client.unlink(*queues, keys.DUE)
-            await _unlink(client, f"{keys.OWNERS}*")
-            return len({key.rpartition(":")[0] for key in await _unlink(client, keys.channel("*") + ":*")})
-    except (RedisError, OSError) as error:
-        raise away(url, error) from None
+    async with look(url) as client:
+        # First what would begin a run again.
+        await client.unlink(*queues, keys.DUE)
+        await _unlink(client, f"{keys.OWNERS}*")
+        return len({key.rpartition(":")[0] for key in await _unlink(client, keys.channel("*") + ":*")})
 
 
 async def _unlink(client: redis.asyncio.Redis, pattern: str) -> set[str]:

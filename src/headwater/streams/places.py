@@ -12,25 +12,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Final, NoReturn, cast
+from typing import Any, Final, cast
 
 import orjson
-from redis import Redis
-from redis.backoff import NoBackoff
-from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, RedisError
-from redis.retry import Retry
 
-from headwater.errors import LogUnavailable, reason
+from headwater.errors import reason
 from headwater.runs import Run
 from headwater.streams import keys
+from headwater.streams.answers import unavailable
 from headwater.streams.base import LIVE_TTL
+from headwater.streams.scripts import Script
+from headwater.streams.sync import client
 
 logger = logging.getLogger(__name__)
 
-#: Seconds to connect and for one answer.
-_PATIENCE: Final = 2.0
 #: What Redis says where trying again does not help, also from within a script.
 _REFUSALS: Final = ("WRONGTYPE", "NOPERM", "ACL failure", "unknown command")
 
@@ -44,18 +40,13 @@ def refused_for_good(error: BaseException) -> bool:
     return isinstance(cause, NoPermissionError) or any(word in str(cause) for word in _REFUSALS)
 
 
-def _script(name: str) -> str:
-    return Path(__file__).with_name(f"{name}.lua").read_text()
-
-
 class Places:
     """The places of all owners in one Redis. Every call raises LogUnavailable."""
 
     def __init__(self, url: str) -> None:
-        options: dict[str, Any] = {"socket_timeout": _PATIENCE, "socket_connect_timeout": _PATIENCE, "protocol": 2}
-        self._redis = Redis.from_url(url, **options, retry=Retry(NoBackoff(), 1, (RedisConnectionError,)))
-        self._take = self._redis.register_script(_script("take"))
-        self._give = self._redis.register_script(_script("give"))
+        self._redis = client(url)
+        self._take = self._redis.register_script(Script("take", 2).text)
+        self._give = self._redis.register_script(Script("give", 2).text)
         self._refused = False
 
     def take(self, run: Run, what: str, order: float, *, places: int, seconds: float) -> int | None:
@@ -89,7 +80,7 @@ class Places:
                 pipeline.expire(key, LIVE_TTL)
             pipeline.execute()
         except (RedisError, OSError) as error:
-            _unavailable(error)
+            unavailable(error)
 
     def close(self) -> None:
         self._redis.close()
@@ -100,7 +91,7 @@ class Places:
             answer = script(keys=[f"{name}:taken", f"{name}:waiting"], args=arguments)
         except (RedisError, OSError) as error:
             if not refused_for_good(error):
-                _unavailable(error)
+                unavailable(error)
             if not self._refused:
                 logger.warning(
                     "Redis refuses to keep turns in %s:taken and %s:waiting: %s. Until that is mended, runs begin "
@@ -118,8 +109,4 @@ class Places:
             # Not in the script: in a cluster each run is in a slot of its own.
             return [self._redis.get(keys.run(raw.decode())) for raw in ids]
         except (RedisError, OSError) as error:
-            _unavailable(error)
-
-
-def _unavailable(error: Exception) -> NoReturn:
-    raise LogUnavailable(f"Redis does not answer: {reason(error)}. Check REDIS_URL and `headwater doctor`.") from error
+            unavailable(error)

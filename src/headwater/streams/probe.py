@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
@@ -14,7 +16,7 @@ from headwater.errors import LogUnavailable, reason
 from headwater.streams import keys
 
 #: Seconds to wait for a server that does not answer.
-_PATIENCE: Final = 3.0
+PATIENCE: Final = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +27,7 @@ class RedisFacts:
     version: str
     #: `maxmemory-policy`; anything but `noeviction` may drop a queued run.
     policy: str
-    #: Bytes; 0 for no limit.
-    max_memory: int
+    #: Bytes.
     used_memory: int
     #: Whether it keeps an append-only file.
     append_only: bool
@@ -40,22 +41,16 @@ class RedisFacts:
 
 async def redis_facts(url: str) -> RedisFacts:
     """Ask the server. Raises LogUnavailable with the address and the reason."""
-    try:
-        async with redis.asyncio.Redis.from_url(
-            url, socket_timeout=_PATIENCE, socket_connect_timeout=_PATIENCE, decode_responses=True
-        ) as client:
-            await client.ping()
-            begun = time.perf_counter()
-            seconds, micros = await client.time()
-            round_trip = time.perf_counter() - begun
-            info = await client.info()
-            refused = await _refused(client)
-    except (RedisError, OSError, ValueError) as error:
-        raise away(url, error) from None
+    async with look(url) as client:
+        await client.ping()
+        begun = time.perf_counter()
+        seconds, micros = await client.time()
+        round_trip = time.perf_counter() - begun
+        info = await client.info()
+        refused = await _refused(client)
     return RedisFacts(
         version=str(info.get("valkey_version") or info.get("redis_version", "unknown")),
         policy=str(info.get("maxmemory_policy", "unknown")),
-        max_memory=int(info.get("maxmemory", 0)),
         used_memory=int(info.get("used_memory", 0)),
         append_only=bool(int(info.get("aof_enabled", 0))),
         round_trip=round_trip,
@@ -72,6 +67,18 @@ async def _refused(client: redis.asyncio.Redis) -> str:
         except ResponseError as error:
             return f"{key}: {reason(error)}"
     return ""
+
+
+@asynccontextmanager
+async def look(url: str) -> AsyncIterator[redis.asyncio.Redis]:
+    """A connection for a look from outside. Whatever goes wrong with it is raised as LogUnavailable."""
+    try:
+        async with redis.asyncio.Redis.from_url(
+            url, socket_timeout=PATIENCE, socket_connect_timeout=PATIENCE, decode_responses=True
+        ) as client:
+            yield client
+    except (RedisError, OSError, ValueError) as error:
+        raise away(url, error) from None
 
 
 def away(url: str, error: Exception) -> LogUnavailable:

@@ -11,7 +11,6 @@ Command = tuple[Any, ...]
 
 class Script:
     def __init__(self, name: str, keys_: int) -> None:
-        self.name = name
         self.text = Path(__file__).with_name(f"{name}.lua").read_bytes()
         self.sha = hashlib.sha1(self.text, usedforsecurity=False).hexdigest()
         self._keys = keys_

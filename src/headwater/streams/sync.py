@@ -1,4 +1,4 @@
-"""The hash of a run for code without an event loop."""
+"""Redis for code without an event loop, and the hash of a run for it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from headwater.streams.calls import timeouts
 from headwater.streams.scripts import Script
 
 
+def client(url: str, *, decode_responses: bool = False) -> Redis:
+    """Synchronous connections to a Redis."""
+    retry = Retry(NoBackoff(), 1, (RedisConnectionError,))
+    return Redis.from_url(url, protocol=2, decode_responses=decode_responses, **timeouts(url), retry=retry)
+
+
 class SyncMeta:
     """The hash of a run for synchronous code, such as a Celery result backend."""
 
     def __init__(self, url: str) -> None:
-        self._redis: Redis = Redis.from_url(
-            url,
-            protocol=2,
-            decode_responses=True,
-            **timeouts(url),
-            retry=Retry(NoBackoff(), 1, (RedisConnectionError,)),
-        )
+        self._redis = client(url, decode_responses=True)
         self._cancel = self._redis.register_script(Script("cancel", 2).text)
 
     def read(self, run_id: str) -> Mapping[str, str]:

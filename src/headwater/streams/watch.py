@@ -14,10 +14,8 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from headwater.events import Event
 from headwater.streams import keys
-from headwater.streams.probe import away
+from headwater.streams.probe import PATIENCE, away, look
 
-#: Seconds to wait for a server that does not answer.
-_PATIENCE: Final = 5.0
 #: Seconds between tries to reach a server that went away.
 _RETRY: Final = 1.0
 #: Keys asked for in one step of a scan.
@@ -54,10 +52,10 @@ async def published(url: str, pattern: str) -> AsyncIterator[Published | None]:
     stood = False
     while True:
         # No limit to the silence, which some versions of redis-py set by default: a channel may well be quiet.
-        client = redis.asyncio.Redis.from_url(url, socket_connect_timeout=_PATIENCE, socket_timeout=None)
+        client = redis.asyncio.Redis.from_url(url, socket_connect_timeout=PATIENCE, socket_timeout=None)
         try:
             async with client, client.pubsub() as pubsub:
-                async with asyncio.timeout(_PATIENCE):
+                async with asyncio.timeout(PATIENCE):
                     await pubsub.psubscribe(pattern)
                 async for message in pubsub.listen():
                     if message["type"] == "psubscribe":
@@ -75,44 +73,27 @@ async def published(url: str, pattern: str) -> AsyncIterator[Published | None]:
 
 async def metadata(url: str, run_id: str) -> dict[str, str]:
     """The fields of `stream:{<run>}:metadata`; empty when there are none. Raises LogUnavailable."""
-    async with _client(url) as client:
-        fields: dict[str, str] = await _answer(url, client.hgetall(keys.metadata(run_id)))
-        return fields
+    async with look(url) as client:
+        # Any: redis-py does not tell its types by `decode_responses`.
+        fields: Any = await client.hgetall(keys.metadata(run_id))
+        return dict(fields)
 
 
 async def recent(url: str, limit: int) -> list[tuple[str, dict[str, str]]]:
     """Runs that Redis still knows with their metadata, the newest change first. Raises LogUnavailable."""
-    async with _client(url) as client:
-        found: list[str] = []
-        cursor = 0
-        while True:
-            cursor, some = await _answer(url, client.scan(cursor, match=keys.metadata("*"), count=_STEP))
-            found += some
-            if cursor == 0:
-                break
+    async with look(url) as client:
+        # A scan may name a key twice.
+        found = sorted({key async for key in client.scan_iter(match=keys.metadata("*"), count=_STEP)})
         rows: list[tuple[str, dict[str, str]]] = []
         for begin in range(0, len(found), _STEP):
             part = found[begin : begin + _STEP]
             pipe = client.pipeline(transaction=False)
             for key in part:
                 pipe.hgetall(key)
-            fields = await _answer(url, pipe.execute())
+            fields = await pipe.execute()
             rows += [(_run_id(key), data) for key, data in zip(part, fields, strict=True) if data]
     rows.sort(key=lambda row: int(row[1].get("updated_at") or 0), reverse=True)
     return rows[:limit]
-
-
-def _client(url: str) -> redis.asyncio.Redis:
-    return redis.asyncio.Redis.from_url(
-        url, socket_timeout=_PATIENCE, socket_connect_timeout=_PATIENCE, decode_responses=True
-    )
-
-
-async def _answer(url: str, call: Any) -> Any:
-    try:
-        return await call
-    except (RedisError, OSError) as error:
-        raise away(url, error) from None
 
 
 def _run_id(key: str) -> str:
