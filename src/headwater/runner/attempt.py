@@ -57,11 +57,11 @@ class Parts:
     telemetry: Telemetry
     settings: Settings
     #: The newest copy of a run in journal and store; None when unknown.
-    known: Callable[[str], Awaitable[Run | None]] | None = None
+    known: Callable[[str], Awaitable[Run | None]]
     #: Hands a run to the queue; never blocks.
-    requeue: Callable[[Run], None] | None = None
+    requeue: Callable[[Run], None]
     #: The events of a run that has ended, made from its rows; None when it has not.
-    history: Callable[[str], Awaitable[Page | None]] | None = None
+    history: Callable[[str], Awaitable[Page | None]]
     #: Told that a run's message was taken out of the queue; never blocks.
     answered: Callable[[Run], None] | None = None
     #: Who may begin; None when anybody may.
@@ -69,8 +69,6 @@ class Parts:
 
     async def stored(self, run_id: str) -> Run | None:
         """What is stored of the run; None also when that cannot be told now."""
-        if self.known is None:
-            return None
         try:
             return await self.known(run_id)
         except Unavailable as error:
@@ -79,18 +77,12 @@ class Parts:
 
     async def told(self, run_id: str) -> Sequence[Event]:
         """What a run that has ended said, from its rows; empty when it has not ended or that cannot be told now."""
-        if self.history is None:
-            return ()
         try:
             page = await self.history(run_id)
         except Unavailable as error:
             logger.warning("The rows of run %s cannot be read now: %s", run_id, error)
             return ()
         return page.events if page is not None else ()
-
-    def hand_on(self, run: Run) -> None:
-        if self.requeue is not None:
-            self.requeue(run)
 
 
 class Attempt:
@@ -353,7 +345,7 @@ class Attempt:
         self._writer.add(Event(EventType.STATE, state))
         await self._writer.flush()
         await self._parts.log.release(self._lease)
-        self._parts.hand_on(self._run)
+        self._parts.requeue(self._run)
         return None
 
     def _ended(self, run: Run) -> None:

@@ -69,7 +69,7 @@ class Line:
         """A run has ended: ring for those that wait for it."""
         try:
             for following in await self._parts.log.parked(run.id):
-                self._parts.hand_on(following)
+                self._parts.requeue(following)
             if self._parts.shares is not None:
                 await self._parts.shares.ended(run)
         except LogUnavailable as error:
@@ -85,8 +85,6 @@ class Line:
 
     async def _over(self, run_id: str) -> bool:
         """Whether a run without a log has ended, or is gone with its chat."""
-        if self._parts.known is None:
-            return True
         try:
             stored = await self._parts.known(run_id)
         except Unavailable as error:
@@ -97,7 +95,7 @@ class Line:
     async def _said(self, run_id: str) -> str:
         """What a run that has ended said, from its log or, without one, its rows. Raises StoreUnavailable."""
         events = await read_log(self._parts.log, run_id)
-        if not events and self._parts.history is not None:
+        if not events:
             page = await self._parts.history(run_id)
             events = list(page.events) if page is not None else []
         return Transcript.of(events).content

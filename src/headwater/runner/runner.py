@@ -51,9 +51,9 @@ class Runner:
         clock: Clock,
         telemetry: Telemetry,
         settings: Settings,
-        known: Callable[[str], Awaitable[Run | None]] | None = None,
-        requeue: Callable[[Run], None] | None = None,
-        history: Callable[[str], Awaitable[Page | None]] | None = None,
+        known: Callable[[str], Awaitable[Run | None]],
+        requeue: Callable[[Run], None],
+        history: Callable[[str], Awaitable[Page | None]],
         promised: Promised | None = None,
         answered: Callable[[Run], None] | None = None,
         shares: Shares | None = None,
@@ -159,7 +159,7 @@ class Runner:
         except LogUnavailable as error:
             # Only while draining: otherwise every step waits for Redis. The lease runs out by itself.
             logger.warning("Run %s is left to its lease, the log is away: %s", run.id, error)
-            self._parts.hand_on(run)
+            self._parts.requeue(run)
         except Exception:
             # A fault of the runner itself. The next attempt need not wait for the lease; attempts are counted.
             await self._log.release(lease)
@@ -186,7 +186,7 @@ class Runner:
                 self._parts.telemetry.count("headwater_runs_claimed_total", kind=run.kind)
                 self._parts.telemetry.step("claim.claimed")
                 return fresh, lease
-        self._parts.hand_on(run)
+        self._parts.requeue(run)
         return None
 
     async def _claim_in_turn(self, run: Run, holder: str) -> Lease:
@@ -203,7 +203,7 @@ class Runner:
         A message may come again after days, when nothing in Redis tells any more that the run has
         ended; a claim would then answer a second time.
         """
-        if self._parts.known is None or await self._log.meta(run.id) is not None:
+        if await self._log.meta(run.id) is not None:
             return run
         stored = await self._parts.stored(run.id)
         if stored is None:
