@@ -176,7 +176,9 @@ class Syncer(Service):
                     await self._store.apply(records)
                 except RecordRefused as error:
                     logger.warning("%d records are left out: %s", len(records), error)
-            self._owed.popleft()
+            # One too many may have pushed it out meanwhile.
+            if self._owed[0] is records:
+                self._owed.popleft()
 
     async def _next(self) -> list[Entry]:
         # Noted before the look: whoever waits now is answered by a look that finds nothing.
