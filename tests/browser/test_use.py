@@ -221,12 +221,20 @@ async def test_the_demo_model_says_that_it_is_one(visit: Visit, make_stack: Stac
     await visitor.finished()
 
 
-async def test_a_database_that_is_away_is_said(visit: Visit, make_stack: StackMaker) -> None:
+async def test_a_database_that_is_away_is_said_and_so_is_a_journal(visit: Visit, make_stack: StackMaker) -> None:
     stack = await make_stack(own_postgres=True)
     visitor = await visit(stack)
     assert stack.postgres_server is not None
     stack.postgres_server.stop()
     await expect(visitor.page.get_by_text("History is catching up")).to_be_visible(timeout=30_000)
+    journal = stack.folder / "data" / "journal.db"
+    aside = journal.rename(journal.with_name("aside.db"))
+    await visitor.page.get_by_label("Message", exact=True).fill("Hello")
+    await visitor.page.keyboard.press("Enter")
+    await expect(visitor.page.get_by_text("Nothing new can be sent now")).to_be_visible(timeout=30_000)
+    await expect(visitor.page.get_by_text("History is catching up")).to_have_count(0)
+    aside.rename(journal)
+    await expect(visitor.page.get_by_text("Nothing new can be sent now")).to_have_count(0, timeout=30_000)
 
 
 async def test_less_motion_is_respected(visit: Visit) -> None:

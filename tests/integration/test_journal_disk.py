@@ -44,6 +44,11 @@ async def test_a_full_disk_refuses_what_is_new_lets_answers_end_and_heals(
                 assert (problem["code"], problem["title"]) == ("storage_full", "There is no room to keep the message")
                 assert "Free space" in problem["detail"]
                 assert (await http.post("/api/chats", json={})).status_code == 507
+                # Health holds its answer for a second.
+                await eventually(lambda: ready(http, 503))
+                health = await http.get("/api/health")
+                assert (health.status_code, health.json()["status"]) == (503, "down")
+                assert "Free space" in health.json()["parts"]["journal"]["detail"]
                 # Nothing was accepted, and nothing half.
                 assert (await http.get(f"/api/chats/{empty}")).json()["messages"] == []
                 assert (await http.get(f"/api/chats/{empty}/active-task")).json() == {"task_id": None}
@@ -60,6 +65,7 @@ async def test_a_full_disk_refuses_what_is_new_lets_answers_end_and_heals(
 
                 disk.give_back()
 
+                await eventually(lambda: ready(http, 200))
                 accepted = await send(http, empty, key)
                 assert accepted.status_code == 202, accepted.text
                 last = await Reader(stack.base_url, accepted.json()["task_id"]).read()
@@ -67,6 +73,10 @@ async def test_a_full_disk_refuses_what_is_new_lets_answers_end_and_heals(
                 assert row_of(stack, accepted.json()["message_id"]) == ("done", "Hello, world")
         finally:
             await stack.stop()
+
+
+async def ready(http: httpx.AsyncClient, status: int) -> bool:
+    return (await http.get("/readyz")).status_code == status
 
 
 async def send(http: httpx.AsyncClient, chat_id: str, key: str) -> httpx.Response:

@@ -491,8 +491,13 @@ async def test_a_full_disk_is_said_keeps_what_was_there_and_heals(case: Case) ->
     assert caught.value.code == "storage_full"
     assert await case.waiting() == [kept.id]
     assert await case.journal.find_key("local", "k") is None
+    for _ in range(2):
+        with pytest.raises(JournalUnavailable, match="Free space"):
+            await case.journal.check()
 
     await case.limit(1_000_000)
+    await case.journal.check()
+    assert await case.waiting() == [kept.id]
     later = said("x" * 100_000)
     assert await case.journal.append([later], key()) is None
     assert await case.waiting() == [kept.id, later.id]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from headwater.api.health import Probe
+from headwater.errors import JournalUnavailable
 from headwater.journal import Journal
 from headwater.queue import CHAT_QUEUE, JOBS_QUEUE, lists_of
 from headwater.settings import Settings
@@ -97,6 +98,10 @@ class Probes:
             found["detail"] = "History is catching up: PostgreSQL is away, the journal keeps what is new."
         elif backlog.oldest_ms is not None and backlog.oldest_ms > STALE_MS:
             found["detail"] = "Records have been waiting for PostgreSQL for more than a minute."
+        try:
+            await self._journal.check()
+        except JournalUnavailable as error:
+            return {**found, "ok": False, "detail": str(error)}
         return found
 
     async def worker(self) -> Mapping[str, Any]:

@@ -254,6 +254,11 @@ class Journal:
         count, oldest, poison = await self._reader.submit(rows.count)
         return Backlog(count, None if oldest is None else max(0, self._clock.now_ms() - oldest), poison)
 
+    async def check(self) -> None:
+        """Whether it takes what is new: after a write that failed, another is tried. Raises JournalUnavailable."""
+        if self._writer.failed:
+            await self._writer.submit(rows.try_room)
+
     def _on_commit(self, seconds: float) -> None:
         self._telemetry.observe("headwater_journal_commit_seconds", seconds)
 

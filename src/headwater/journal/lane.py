@@ -19,6 +19,7 @@ from typing import Any, Final, TypeVar
 
 import apsw
 
+from headwater.errors import JournalUnavailable
 from headwater.journal.file import JournalFile, explain, unavailable
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ class Lane:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = 0
+        #: Whether the newest jobs, or some of them, could not be done for a reason that is the file's.
+        self.failed = False
 
     async def open(self) -> None:
         """Start the thread and its connection; harmless the second time. Raises JournalUnavailable."""
@@ -151,6 +154,7 @@ class Lane:
     def _resolve(self, jobs: Sequence[_Job], seconds: float | None) -> None:
         if seconds is not None and self._committed is not None:
             self._committed(seconds)
+        self.failed = any(isinstance(job.error, JournalUnavailable) for job in jobs)
         for job in jobs:
             if job.future.done():
                 continue

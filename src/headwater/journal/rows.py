@@ -17,6 +17,8 @@ from headwater.records import Record, RecordKind
 BATCH_BYTES: Final = 2 * 1024 * 1024
 #: Rows deleted, and pages given back, in one step of a prune; others may write in between.
 STEP: Final = 1000
+#: Bytes that must find room again after a write that found none.
+ROOM: Final = 64 * 1024
 
 #: A run, and who wants it cancelled without having been found to own it.
 Wish = tuple[str, str]
@@ -59,6 +61,7 @@ _KEPT_CHATS: Final = """
     SELECT position, kind, id, version, owner_id, chat_id, data, at, tries, poison FROM records
     WHERE owner_id = ? AND kind = 'chat' ORDER BY position
 """
+_TAKE_BACK: Final = "DELETE FROM records WHERE position = ?"
 _NEWEST: Final = "SELECT max(position) FROM records WHERE chat_id = ?"
 # Version 0: queued for the first time. What an earlier run still says about itself is no new one.
 _BEGUN: Final = """
@@ -304,6 +307,12 @@ def wishes(connection: apsw.Connection, after: Wish, limit: int) -> list[Wish]:
 def settle_wishes(connection: apsw.Connection, granted: Sequence[Wish], refused: Sequence[Wish], at: int) -> None:
     connection.executemany(_NOTE_CANCEL, [(run_id, at) for run_id, _ in granted])
     connection.executemany(_DROP_WISH, [*granted, *refused])
+
+
+def try_room(connection: apsw.Connection) -> None:
+    """Write as much as a long message takes, and leave nothing."""
+    connection.execute(_INSERT, ("", "", 0, "", None, bytes(ROOM), 0))
+    connection.execute(_TAKE_BACK, (connection.last_insert_rowid(),))
 
 
 def forget(connection: apsw.Connection, chat_id: str) -> int:

@@ -8,12 +8,15 @@ const PARTS = { redis: "Redis", postgres: "PostgreSQL", worker: "Worker" };
 /** @param {{ app: import("../models/app.js").App }} props */
 export function Banners({ app }) {
   const { report, reachable } = app.health;
+  const journal = report?.parts?.journal;
+  const stuck = journal?.ok === false;
   // A record is always on its way for a moment; only one that waits means that the database lags.
-  const behind = report?.parts?.journal?.oldest_seconds > LAGGING || report?.parts?.postgres?.ok === false;
+  const behind = journal?.oldest_seconds > LAGGING || report?.parts?.postgres?.ok === false;
   const dead = Object.entries(PARTS).filter(([name]) => name !== "postgres" && report?.parts?.[name]?.ok === false);
   return html`<div class="banners" role="status">
     ${!reachable && html`<p class="banner warn">The server cannot be reached. Your chats go on as soon as it is back.</p>`}
-    ${reachable && behind && html`<p class="banner warn">History is catching up: new messages are safe on disk and will be in the database soon.</p>`}
+    ${reachable && stuck && html`<p class="banner bad">Nothing new can be sent now. ${journal.detail}</p>`}
+    ${reachable && behind && !stuck && html`<p class="banner warn">History is catching up: new messages are safe on disk and will be in the database soon.</p>`}
     ${app.degraded && html`<p class="banner warn">PostgreSQL is away; this may not be complete.</p>`}
     ${reachable && dead.length > 0 && html`<p class="banner warn">${dead.map(([, name]) => name).join(" and ")} away: answers wait and go on by themselves.</p>`}
     ${
