@@ -18,10 +18,10 @@ from fastapi import FastAPI
 from headwater.access import Access, Caller
 from headwater.api import chats, messages, openapi, operations, problems, tasks
 from headwater.api.gate import Gate
-from headwater.api.graph import Graph, assemble
+from headwater.api.graph import Graph, assemble, started
 from headwater.api.pages import Pages
 from headwater.clock import SystemClock
-from headwater.errors import HeadwaterError, Unavailable
+from headwater.errors import HeadwaterError
 from headwater.settings import Settings, load_settings
 from headwater.telemetry import Telemetry
 from headwater.transports.base import Receive, Scope, Send
@@ -35,8 +35,6 @@ class App:
     def __init__(self, settings: Settings, process: str = "") -> None:
         self.settings = settings
         self.telemetry = Telemetry(process)
-        #: None before the lifespan's start and after its end.
-        self.graph: Graph | None = None
         self.api = make_api()
         access = Access(settings)
         pages = Pages(access)
@@ -50,6 +48,12 @@ class App:
             clock=SystemClock(),
             max_body=settings.max_body,
         )
+
+    @property
+    def graph(self) -> Graph | None:
+        """None before the lifespan's start and after its end."""
+        graph: Graph | None = self.api.state.graph
+        return graph
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self.answer(scope, receive, send)
@@ -66,21 +70,18 @@ class App:
     async def _stream(
         self, scope: Scope, receive: Receive, send: Send, caller: Caller, run_id: str | None, request_id: str
     ) -> Awaitable[None]:
-        if self.graph is None:
-            raise Unavailable("The server has not started yet.")
-        return await self.graph.stream.open(scope, receive, send, caller, run_id, request_id)
+        return await started(self.graph).stream.open(scope, receive, send, caller, run_id, request_id)
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
         """Make and start the parts; stop them at the end. For an application that mounts this one: a server
         speaks the lifespan protocol with the outermost application only."""
         try:
-            async with assemble(self.settings, self.telemetry) as self.graph:
-                self.api.state.graph = self.graph
+            async with assemble(self.settings, self.telemetry) as self.api.state.graph:
                 yield
                 self.drain()
         finally:
-            self.graph = None
+            self.api.state.graph = None
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -118,6 +119,7 @@ def make_api() -> FastAPI:
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
     )
+    api.state.graph = None
     routers = [room.router for room in (chats, messages, tasks, operations)]
     for router in routers:
         api.include_router(router)

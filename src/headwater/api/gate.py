@@ -124,7 +124,8 @@ class Gate:
 
     async def _refuse(self, error: Exception, scope: Scope, receive: Receive, answer: _Answer, request_id: str) -> None:
         path = scope["path"]
-        if isinstance(error, SignInRequired) and scope["method"] == "GET" and _wants_page(scope):
+        visit = scope["method"] == "GET" or path == "/sign-out"
+        if isinstance(error, SignInRequired) and visit and _wants_page(scope):
             await answer({"type": "http.response.start", "status": 303, "headers": [(b"location", b"/sign-in")]})
             await answer({"type": "http.response.body", "body": b""})
             return

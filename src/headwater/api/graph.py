@@ -16,6 +16,7 @@ from headwater.api.health import Checkup
 from headwater.api.probes import Probes
 from headwater.clock import Clock
 from headwater.core import open_core
+from headwater.errors import Unavailable
 from headwater.hub import Hub
 from headwater.intake import Intake
 from headwater.queue import make_celery
@@ -52,6 +53,13 @@ class Graph:
     checkup: Checkup
     #: The members of the health document that do not change.
     about: Mapping[str, Any]
+
+
+def started(graph: Graph | None) -> Graph:
+    """The parts, if they are there. Raises Unavailable."""
+    if graph is None:
+        raise Unavailable("The server does not run now. An application that mounts it enters its `lifespan`.")
+    return graph
 
 
 @asynccontextmanager

@@ -7,14 +7,13 @@ from typing import Annotated, TypeAlias
 from fastapi import Depends, Header, Request
 
 from headwater.access import Caller
-from headwater.api.graph import Graph
+from headwater.api.graph import Graph, started
 from headwater.intake.checks import KEY_PATTERN
 
 
 # `async`, though they wait for nothing: FastAPI calls what is not in a thread of its own.
 async def _graph(request: Request) -> Graph:
-    graph: Graph = request.app.state.graph
-    return graph
+    return started(request.app.state.graph)
 
 
 async def _caller(request: Request) -> Caller:
