@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Final
 
 from headwater.clock import Clock
-from headwater.errors import HeadwaterError
+from headwater.errors import HeadwaterError, StoreUnavailable
 from headwater.journal import Journal
+from headwater.journal.file import OLDEST_SQLITE, apsw_version
 from headwater.providers import connect
 from headwater.settings import Settings
 from headwater.store import migrate
@@ -42,8 +43,6 @@ SLOW: Final = 0.05
 #: The oldest servers this is made for.
 OLDEST_REDIS: Final = (6, 2)
 OLDEST_POSTGRES: Final = (14,)
-#: Of SQLite, the first without a fault in its write-ahead log that can damage the file.
-OLDEST_SQLITE: Final = (3, 51, 3)
 OLDEST_PYTHON: Final = (3, 11)
 
 
@@ -83,7 +82,8 @@ async def _guarded(name: str, check: Callable[[], Awaitable[list[Finding]]]) -> 
         async with asyncio.timeout(PATIENCE):
             return await check()
     except HeadwaterError as error:
-        return [Finding(name, Verdict.BAD, str(error), type(error).__doc__ or "")]
+        advice = "Is it running, and does DATABASE_URL name it?" if isinstance(error, StoreUnavailable) else ""
+        return [Finding(name, Verdict.BAD, str(error), advice)]
     except TimeoutError:
         return [Finding(name, Verdict.BAD, f"no answer in {PATIENCE:g} s", "Is it stopped, or is a firewall between?")]
     except Exception as error:
@@ -119,7 +119,7 @@ def check_settings(settings: Settings, running: str | None = None) -> list[Findi
             Finding(
                 "Settings",
                 Verdict.WARN,
-                "HEADWATER_ALLOWED_HOSTS has *: any web page can reach this server by DNS rebinding",
+                "HEADWATER_ALLOWED_HOSTS has *, which is no wildcard and allows nothing",
                 "Name the hosts.",
             )
         )
@@ -229,8 +229,7 @@ def check_clock(ahead: dict[str, int]) -> Finding:
 async def _journal(settings: Settings, clock: Clock) -> list[Finding]:
     path = settings.journal_file
     findings = [check_folder(path.parent)]
-    # apsw's version is that of the SQLite inside it, with one more number.
-    sqlite = numbers(version("apsw"))[:3]
+    sqlite = apsw_version()
     if sqlite < OLDEST_SQLITE:
         advice = f"Install apsw {dotted(OLDEST_SQLITE)} or newer."
         findings.append(Finding("Journal", Verdict.BAD, f"SQLite {dotted(sqlite)} can damage its file", advice))
@@ -245,9 +244,7 @@ async def _journal(settings: Settings, clock: Clock) -> list[Finding]:
         await journal.close()
     text = f"SQLite {dotted(sqlite)}, {backlog.count} records wait for PostgreSQL"
     if backlog.poison:
-        advice = (
-            "`headwater journal status` counts them; the log has the reason. Nothing is lost: they stay in the file."
-        )
+        advice = "`headwater journal status` has the reasons, `headwater journal retry` brings them back. None is lost."
         findings.append(Finding("Journal", Verdict.WARN, f"{backlog.poison} records are refused by PostgreSQL", advice))
     if backlog.oldest_ms is not None and backlog.oldest_ms > 600_000:
         advice = "Mend PostgreSQL, then `headwater journal sync`."

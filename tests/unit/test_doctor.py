@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from headwater.access import Access
 from headwater.clock import FrozenClock
 from headwater.doctor import (
     Finding,
@@ -20,6 +21,7 @@ from headwater.doctor import (
     examine,
     numbers,
 )
+from headwater.errors import Forbidden
 from headwater.settings import Settings, load_settings
 from headwater.store.probe import PostgresFacts
 from headwater.streams.probe import RedisFacts
@@ -116,6 +118,13 @@ def test_settings_that_expose_something_are_said(values: dict[str, object], verd
     assert verdicts(check_settings(settings(**values))) == [verdict]
 
 
+def test_a_star_among_the_hosts_is_no_wildcard() -> None:
+    given = settings(allowed_hosts="*")
+    with pytest.raises(Forbidden):
+        Access(given).authenticate({"host": "any.example"}, method="GET", scheme="http", path="/")
+    assert "allows nothing" in check_settings(given)[0].text
+
+
 def test_this_python_and_its_packages_will_do() -> None:
     assert check_versions().verdict is Verdict.GOOD
 
@@ -148,6 +157,8 @@ async def test_servers_that_do_not_answer_become_findings_and_stop_no_other_chec
     assert by_name["Model"].verdict is Verdict.WARN
     assert "Clock" not in by_name
     assert not any("pw" in finding.text for finding in findings)
+    # Who reads it has just run it.
+    assert not any("headwater doctor" in finding.advice for finding in findings)
 
 
 async def test_without_urls_it_says_which_setting_is_missing(tmp_path: Path) -> None:

@@ -40,8 +40,9 @@ T = TypeVar("T")
 #: Classes of SQLSTATE that blame the data: data exception, integrity violation, program limit exceeded.
 #: All others count as the server's trouble: a record must not be set aside because a table is missing.
 _REFUSALS: Final = ("22", "23", "54")
-#: Class 42: the statement does not fit the schema.
+#: Class 42: the statement does not fit the schema, or may not be executed.
 _SCHEMA: Final = "42"
+_RIGHTS: Final = "42501"
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,6 +297,8 @@ def _explain(cause: BaseException) -> StoreUnavailable | RecordRefused:
     reason = _first_line(cause)
     if state.startswith(_REFUSALS) or (not state and isinstance(cause, psycopg.DataError)):
         return RecordRefused(f"PostgreSQL refuses this data: {reason}")
+    if state == _RIGHTS:
+        return StoreUnavailable(f"The user in DATABASE_URL lacks a right: {reason}. Grant it, or name another user.")
     if state.startswith(_SCHEMA):
         return StoreUnavailable(f"The database's schema does not fit; run `headwater db upgrade`: {reason}")
     return _unusable(reason)
