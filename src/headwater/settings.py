@@ -15,7 +15,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from headwater.errors import SettingsError
 
 #: `memory` is for tests and demonstrations in one process.
-_REDIS_SCHEMES: Final = frozenset({"redis", "rediss", "unix", "memory"})
+_REDIS_SCHEMES: Final = frozenset({"redis", "rediss", "unix"})
 _POSTGRES_SCHEMES: Final = frozenset({"postgresql", "postgres"})
 
 

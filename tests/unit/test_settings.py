@@ -97,7 +97,9 @@ def test_what_is_missing_says_what_to_do() -> None:
         load_settings().need_database()
 
 
-@pytest.mark.parametrize("url", ["foo", "http://hush@h", "redis://:hu/sh@h:1", "redis://:hush@h:port", "amqp://hush@h"])
+@pytest.mark.parametrize(
+    "url", ["foo", "memory://hush", "http://hush@h", "redis://:hu/sh@h:1", "redis://:hush@h:port", "amqp://hush@h"]
+)
 def test_an_address_that_is_not_of_redis_is_refused_without_showing_it(
     monkeypatch: pytest.MonkeyPatch, url: str
 ) -> None:
@@ -110,7 +112,7 @@ def test_an_address_that_is_not_of_redis_is_refused_without_showing_it(
     assert "hush" not in str(raw.value)
 
 
-@pytest.mark.parametrize("url", ["redis://h", "rediss://u:p%2F@h:6380/1", "unix:///run/redis.sock", "memory://"])
+@pytest.mark.parametrize("url", ["redis://h", "rediss://u:p%2F@h:6380/1", "unix:///run/redis.sock"])
 def test_addresses_of_redis_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setenv("REDIS_URL", url)
     assert load_settings().need_redis() == url

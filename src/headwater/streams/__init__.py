@@ -1,4 +1,4 @@
-"""The hot log of a run. `connect` chooses the implementation by URL."""
+"""The hot log of a run."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ from headwater.streams.base import StreamLog
 
 
 def connect(url: str, *, ttl: int = 3600, lease_seconds: float = 10.0, compress_over: int = 0) -> StreamLog:
-    """`memory://` or `redis://`, `rediss://`, `unix://`. `ttl` in seconds after the last event.
+    """The log in the Redis at `redis://`, `rediss://` or `unix://`. `ttl` in seconds after the last event.
 
-    Logs in Redis of more than `compress_over` bytes are packed some time after their end; with 0 none is.
+    Logs of more than `compress_over` bytes are packed some time after their end; with 0 none is.
     """
     # Imported here, so that the contract does not know its implementations.
-    if url.startswith("memory://"):
-        from headwater.streams.memory import MemoryStreamLog
-
-        return MemoryStreamLog(ttl=ttl, lease_seconds=lease_seconds)
     from headwater.streams.redis import RedisStreamLog
 
     return RedisStreamLog(url, ttl=ttl, lease_seconds=lease_seconds, compress_over=compress_over)
