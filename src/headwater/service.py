@@ -15,7 +15,7 @@ import asyncio
 import logging
 import random
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final
 
 logger = logging.getLogger(__name__)
@@ -89,14 +89,13 @@ class Service:
 @asynccontextmanager
 async def running(*services: Service) -> AsyncIterator[None]:
     """Start the services in order, drain all and stop them in reverse order at the end."""
-    begun: list[Service] = []
-    try:
+    # A stack, so that one that cannot be closed keeps no other from its end.
+    async with AsyncExitStack() as stops:
         for service in services:
             await service.start()
-            begun.append(service)
-        yield
-    finally:
-        for service in reversed(begun):
-            await service.drain()
-        for service in reversed(begun):
-            await service.stop()
+            stops.push_async_callback(service.stop)
+        try:
+            yield
+        finally:
+            for service in reversed(services):
+                await service.drain()

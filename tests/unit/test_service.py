@@ -75,6 +75,19 @@ async def test_services_stop_in_reverse_order_after_all_drained() -> None:
     assert diary == ["a opens", "b opens", "b drains", "a drains", "b closes", "a closes"]
 
 
+async def test_one_that_cannot_be_closed_keeps_no_other_from_its_end() -> None:
+    diary: list[str] = []
+
+    class Stuck(Recorder):
+        async def close(self) -> None:
+            raise RuntimeError("it does not close")
+
+    with pytest.raises(RuntimeError, match="does not close"):
+        async with running(Recorder("a", diary), Stuck("b", diary), Recorder("c", diary)):
+            pass
+    assert diary == ["a opens", "b opens", "c opens", "c closes", "a closes"]
+
+
 async def test_a_run_that_raises_is_logged_and_begins_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
