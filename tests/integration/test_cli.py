@@ -205,7 +205,15 @@ async def test_what_destroys_asks_first_and_takes_yes(with_servers: Command, dat
     assert count_chats(database_url) == 0
 
 
+async def test_looking_for_a_journal_makes_none(with_servers: Command) -> None:
+    for verb in ("status", "sync", "retry", "salvage"):
+        code, output = await with_servers("journal", verb)
+        assert (code, "There is no journal" in output) == (2, True), output
+    assert not (with_servers.folder / "data").exists()
+
+
 async def test_journal_status_and_sync_on_an_empty_journal(with_servers: Command) -> None:
+    await fill(with_servers.folder / "data" / "journal.db", 0)
     code, output = await with_servers("journal", "status")
     assert code == 0
     assert "Waiting    0 records" in output
@@ -215,12 +223,12 @@ async def test_journal_status_and_sync_on_an_empty_journal(with_servers: Command
 
 
 async def test_a_damaged_journal_is_explained_and_salvaged_when_told_so(with_servers: Command) -> None:
-    await with_servers("journal", "status")
+    file = with_servers.folder / "data" / "journal.db"
+    await fill(file, 0)
     assert await with_servers("journal", "salvage") == (
         0,
-        f"The journal {with_servers.folder / 'data' / 'journal.db'} is well; there is nothing to salvage.\n",
+        f"The journal {file} is well; there is nothing to salvage.\n",
     )
-    file = with_servers.folder / "data" / "journal.db"
     await fill(file)
     content = file.read_bytes()
     # One of the pages that hold rows.
@@ -240,10 +248,10 @@ async def test_a_damaged_journal_is_explained_and_salvaged_when_told_so(with_ser
     assert [path.read_bytes() for path in file.parent.glob("journal.db.damaged-*[0-9]")] == [damaged]
 
 
-async def fill(file: Path) -> None:
+async def fill(file: Path, records: int = 50) -> None:
     journal = Journal(file, clock=SystemClock(), telemetry=Telemetry())
     await journal.open()
-    for number in range(50):
+    for number in range(records):
         await journal.append([Record.of(Chat(new_id(), "local", number, number, title="x" * 200))])
     await journal.close()
 

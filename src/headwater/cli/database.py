@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import typer
 
 from headwater.cli.shared import DataDir, Yes, settings_of_running
-from headwater.errors import LogUnavailable
+from headwater.errors import LogUnavailable, SettingsError
 from headwater.settings import Settings
 
 if TYPE_CHECKING:
@@ -216,7 +216,14 @@ class _Opened:
         from headwater.journal import Journal
         from headwater.telemetry import Telemetry
 
-        self._journal = Journal(self._settings.journal_file, clock=SystemClock(), telemetry=Telemetry())
+        path = self._settings.journal_file
+        if not path.exists():
+            # Opening would make it, perhaps in the wrong place and owned by the wrong user.
+            raise SettingsError(
+                f"There is no journal {path}: nothing was accepted there yet, or it is elsewhere. "
+                "Name its data folder: --data-dir or HEADWATER_DATA_DIR."
+            )
+        self._journal = Journal(path, clock=SystemClock(), telemetry=Telemetry())
         await self._journal.open()
         return self._journal
 
