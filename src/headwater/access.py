@@ -44,8 +44,8 @@ _SAFE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 _SESSION_VERSION: Final = "1"
 _HOST = re.compile(r"^(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?$")
 
-#: Pairs as ASGI has them, or a mapping; bytes or text.
-Headers = Iterable[tuple[bytes, bytes]] | Mapping[bytes, bytes] | Mapping[str, str]
+#: As ASGI has them.
+Headers = Iterable[tuple[bytes, bytes]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ class Access:
         Raises Forbidden, with code `host_not_allowed`, `origin_not_allowed` or `client_not_allowed`, and
         SignInRequired.
         """
-        request = _Request(_flat(headers), method.upper(), scheme, path)
+        request = _Request(_flat(headers), method, scheme, path)
         if path not in _PROBES:
             self._check_host(request)
         proven = _check_site(request)
@@ -280,12 +280,8 @@ def _cookies(header: str) -> dict[str, str]:
 def _flat(headers: Headers) -> dict[str, str]:
     """Headers with lower-case text names. One that is given twice is joined, which no check then takes for valid."""
     flat: dict[str, str] = {}
-    pairs: Iterable[tuple[bytes, bytes] | tuple[str, str]]
-    pairs = headers.items() if isinstance(headers, Mapping) else headers
-    for raw_name, raw_value in pairs:
-        name = raw_name.decode("latin-1") if isinstance(raw_name, bytes) else raw_name
-        value = raw_value.decode("latin-1") if isinstance(raw_value, bytes) else raw_value
-        name = name.lower()
+    for raw_name, raw_value in headers:
+        name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
         # HTTP/2 allows several cookie headers; they belong together with a semicolon (RFC 9113, 8.2.3).
         glue = "; " if name == "cookie" else ", "
         flat[name] = f"{flat[name]}{glue}{value}" if name in flat else value

@@ -179,7 +179,9 @@ def done(finish_reason: str = "stop") -> Event:
     return Event(EventType.DONE, {"finish_reason": finish_reason})
 
 
-_CURSOR = re.compile(r"([0-9a-z]{1,32})-(0|[1-9][0-9]{0,14})")
+#: How a cursor is written.
+CURSOR_PATTERN: Final = "([0-9a-z]{1,32})-(0|[1-9][0-9]{0,14})"
+_CURSOR: Final = re.compile(CURSOR_PATTERN)
 
 
 @dataclass(frozen=True, slots=True, order=False)

@@ -286,14 +286,6 @@ def test_the_token_shows_nowhere() -> None:
         assert guess not in str(caught.value)
 
 
-def test_headers_may_come_as_a_mapping_of_text_or_bytes() -> None:
-    access = guarded()
-    text = {"Host": "localhost", "Authorization": f"Bearer {TOKEN}"}
-    raw = {name.encode(): value.encode() for name, value in text.items()}
-    for headers in (text, raw):
-        assert access.authenticate(headers, method="get", scheme="http", path="/api/chats") == LOCAL_CALLER
-
-
 def test_a_header_given_twice_is_not_taken_for_valid() -> None:
     twice = [(b"host", b"localhost"), (b"host", b"localhost")]
     with pytest.raises(Forbidden):

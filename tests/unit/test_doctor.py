@@ -121,7 +121,7 @@ def test_settings_that_expose_something_are_said(values: dict[str, object], verd
 def test_a_star_among_the_hosts_is_no_wildcard() -> None:
     given = settings(allowed_hosts="*")
     with pytest.raises(Forbidden):
-        Access(given).authenticate({"host": "any.example"}, method="GET", scheme="http", path="/")
+        Access(given).authenticate([(b"host", b"any.example")], method="GET", scheme="http", path="/")
     assert "allows nothing" in check_settings(given)[0].text
 
 

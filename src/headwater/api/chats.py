@@ -8,7 +8,8 @@ from fastapi import APIRouter, Body, Query, Response
 
 from headwater.api.openapi import problems
 from headwater.api.routes import IdempotencyKey, Parts, Who
-from headwater.api.schemas import MAX_TITLE, ActiveTask, ChatId, ChatList, ChatOut, ChatSummary, NewChat, Rename, Text
+from headwater.api.schemas import ActiveTask, ChatId, ChatList, ChatOut, ChatSummary, NewChat, Rename, Text
+from headwater.intake.checks import TITLE_LIMIT
 
 router = APIRouter(prefix="/api/chats", tags=["chats"])
 
@@ -19,7 +20,7 @@ async def list_chats(
     caller: Who,
     after: Annotated[Text | None, Query(max_length=200, description="`next` of the page before.")] = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    q: Annotated[Text | None, Query(max_length=MAX_TITLE, description="Part of the title.")] = None,
+    q: Annotated[Text | None, Query(max_length=TITLE_LIMIT, description="Part of the title.")] = None,
 ) -> ChatList:
     """The caller's chats, the latest first."""
     page = await graph.reading.list_chats(caller, after=after or None, limit=limit, query=q or None)

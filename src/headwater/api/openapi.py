@@ -9,7 +9,7 @@ from fastapi.openapi.utils import get_openapi
 
 from headwater.api.problems import MEDIA_TYPE
 from headwater.api.schemas import Problem
-from headwater.events import EventType
+from headwater.events import CURSOR_PATTERN, EventType
 from headwater.ids import ID_PATTERN
 from headwater.transports.sse import MAX_RUNS
 
@@ -50,20 +50,19 @@ _FRAME: Final = {
     },
 }
 _ID: Final = ID_PATTERN.strip("^$")
-_CURSOR: Final = "[0-9a-z]{1,32}-(0|[1-9][0-9]{0,14})"
-_RUN: Final = f"{_ID}(:({_CURSOR})?)?"
+_RUN: Final = f"{_ID}(:({CURSOR_PATTERN})?)?"
 _AFTER: Final = {
     "name": "after",
     "in": "query",
     "required": False,
     "description": "The last event seen. `Last-Event-ID` wins over it.",
-    "schema": {"type": "string", "pattern": f"^({_CURSOR})?$"},
+    "schema": {"type": "string", "pattern": f"^({CURSOR_PATTERN})?$"},
 }
 _LAST_EVENT_ID: Final = {
     "name": "Last-Event-ID",
     "in": "header",
     "required": False,
-    "schema": {"type": "string", "pattern": f"^{_CURSOR}$"},
+    "schema": {"type": "string", "pattern": f"^{CURSOR_PATTERN}$"},
 }
 
 

@@ -10,12 +10,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from headwater.clock import to_datetime
 from headwater.ids import ID_PATTERN
+from headwater.intake.checks import TITLE_LIMIT
 from headwater.messages import Chat, Message, MessageStatus, Role, flaw_of
 from headwater.runs import Priority, Run, RunState
 from headwater.settings import WhenBusy
-
-#: Characters of a title that a person may set.
-MAX_TITLE = 200
 
 #: Not only white space, and no NUL.
 _SAYS_SOMETHING = "^[^\\u0000]*[^\\s\\u0000][^\\u0000]*$"
@@ -31,7 +29,7 @@ def _storable(text: str) -> str:
 #: Text that PostgreSQL can keep.
 Text: TypeAlias = Annotated[str, AfterValidator(_storable), Field(json_schema_extra={"pattern": "^[^\\u0000]*$"})]
 Title: TypeAlias = Annotated[
-    Text, Field(min_length=1, max_length=MAX_TITLE, json_schema_extra={"pattern": _SAYS_SOMETHING})
+    Text, Field(min_length=1, max_length=TITLE_LIMIT, json_schema_extra={"pattern": _SAYS_SOMETHING})
 ]
 Id: TypeAlias = Annotated[str, Field(pattern=ID_PATTERN, examples=["0198c0de-7abc-7def-8123-456789abcdef"])]
 ChatId: TypeAlias = Annotated[str, Path(pattern=ID_PATTERN, description="The chat's id.")]

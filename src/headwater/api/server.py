@@ -90,8 +90,6 @@ def configure(app: App, settings: Settings) -> uvicorn.Config:
         timeout_graceful_shutdown=GRACE,
         # Longer than what load balancers keep idle connections, so that they close first.
         timeout_keep_alive=75,
-        # A reader of streams holds a connection each; the default of 2048 is the kernel's queue, not their number.
-        backlog=2048,
     )
     front: Any = _Front(app, config.forwarded_allow_ips)
     config.app = front

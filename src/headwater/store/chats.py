@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from headwater.clock import to_datetime, to_ms
 from headwater.errors import BadCursor, NotFound
 from headwater.ids import is_id
-from headwater.messages import Chat, Message, MessageStatus, Role
+from headwater.messages import Chat, Message, MessageStatus, Role, flaw_of
 from headwater.records import Record
 from headwater.runs import Run
 from headwater.store.apply import writing
@@ -67,7 +67,8 @@ class Chats:
             # The first half is implied by the second; it lets the index find the place.
             statement = statement.where(chats.c.updated_at <= at, earlier)
         if query:
-            if not _storable(query):
+            if flaw_of(query) is not None:
+                # No title has it; as a parameter it would be an error.
                 return [], None
             statement = statement.where(chats.c.title.icontains(query, autoescape=True))
         # One more than asked for tells whether a further page exists.
@@ -206,11 +207,6 @@ async def _all(connection: AsyncConnection, statement: Any, **values: Any) -> Se
 
 def _not_found() -> NotFound:
     return NotFound("There is no such chat.")
-
-
-def _storable(query: str) -> bool:
-    # PostgreSQL cannot hold such text, so no title has it; as a parameter it would be an error.
-    return "\0" not in query and not any("\ud800" <= char <= "\udfff" for char in query)
 
 
 def _chat(row: Row[Any]) -> Chat:
