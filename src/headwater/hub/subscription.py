@@ -45,6 +45,7 @@ class Subscription:
         "_behind",
         "_epoch",
         "_hub",
+        "_live",
         "_loop",
         "_max_pending",
         "_overflowed",
@@ -86,8 +87,9 @@ class Subscription:
         self._behind = False
         self._reason = "join"
         self._max_pending = max_pending
-        #: Set while somebody waits, and after a wait that was cancelled until the next one.
         self._waiter: asyncio.Future[None] | None = None
+        #: `push` while somebody waits and what is pushed may be next; also after a wait that was cancelled.
+        self._live: Callable[[Batch], bool] | None = None
         self._beat_due = False
         self._returned_at = loop.time()
         self._retry_at = 0.0
@@ -111,10 +113,13 @@ class Subscription:
         The caller waits, not a coroutine of ours: suspended ones are a good part of an idle reader's memory.
         """
         if self._pending or self.over or self._beat_due or self._is_due():
-            self._waiter = None
+            self._waiter = self._live = None
             return None
         self._waiter = self._loop.create_future()
-        return self._until_retry(self._waiter) if self._behind else self._waiter
+        if self._behind:
+            return self._until_retry(self._waiter)
+        self._live = self.push
+        return self._waiter
 
     async def _until_retry(self, waiter: asyncio.Future[None]) -> None:
         timer = self._loop.call_at(self._retry_at, self._wake)
@@ -150,16 +155,15 @@ class Subscription:
 
         That is when somebody waits, nothing else is due, and the batch goes on where we stand without ending the run.
         """
+        push, epoch = self._live, batch.epoch
         if (
-            self.push is not None
+            push is not None
             and batch.first == self._seq + 1
-            and not self._behind
-            and (batch.epoch == self._epoch or self._seq == 0)
+            and (epoch == self._epoch or self._seq == 0)
             and not batch.terminal
-            and self._waiter is not None
-            and self.push(batch)
+            and push(batch)
         ):
-            self._epoch = batch.epoch
+            self._epoch = epoch
             self._seq = batch.last
             self._returned_at = now
             return True
@@ -281,6 +285,6 @@ class Subscription:
         return self._behind and self._loop.time() >= self._retry_at
 
     def _wake(self) -> None:
-        waiter, self._waiter = self._waiter, None
+        waiter, self._waiter, self._live = self._waiter, None, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)

@@ -139,22 +139,25 @@ class RedisFeed(Feed):
             if isinstance(reply, hiredis.ReplyError):
                 logger.error("Redis refuses a command of the feed: %s. Does the user have the right &stream:*?", reply)
             return
-        follower = self._followers.get(reply[1])
+        if len(reply) != 3:  # a pong
+            return
+        kind, channel, payload = reply
+        follower = self._followers.get(channel)
         if follower is None:
             return
         try:
-            if reply[0] == b"message":
+            if kind == b"message":
                 try:
-                    batch = Batch.published(reply[2])
+                    batch = Batch.published(payload)
                 except ValueError:
                     logger.exception("A published message cannot be read; its readers go to the log instead")
                     batch = Batch("")
                 follower.published(batch)
-            elif reply[0] == b"subscribe":
+            elif kind == b"subscribe":
                 follower.subscribed()
         except Exception:
             # One message that its receiver chokes on must not take the connection of all others along.
-            logger.exception("A message on %s could not be passed on", reply[1].decode(errors="replace"))
+            logger.exception("A message on %s could not be passed on", channel.decode(errors="replace"))
 
 
 def _send_chunked(connection: Connection, verb: bytes, names: Sequence[bytes]) -> None:
