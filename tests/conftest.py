@@ -11,12 +11,17 @@ from typing import Any
 import psycopg
 import pytest
 import pytest_asyncio
+from hypothesis import HealthCheck, settings
 
 from headwater.dev.services import Postgres, Redis
 from support.openai_server import OpenAIServer
 from support.stack import Stack, StackMaker
 
 _numbers = itertools.count(1)
+
+# How long an example takes says more of what else the machine does than of the code.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session")

@@ -1013,7 +1013,7 @@ def shape(events: Sequence[Event]) -> list[tuple[str, str]]:
     return joined
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(steps=_EVENTS, flush_ms=st.sampled_from([0, 1, 3]))
 async def test_gathering_changes_neither_text_nor_order(steps: list[Event | float], flush_ms: float) -> None:
     async def script(run: Run, said: Transcript) -> AsyncGenerator[Event, None]:
