@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, async_playwright
 
@@ -62,9 +61,3 @@ async def visit(browser: Browser, stack: Stack, openai_server: OpenAIServer) -> 
 async def visitor(visit: Visit) -> Visitor:
     """Somebody who has just opened the page."""
     return await visit()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "browser" in item.path.parts:
-            item.add_marker(pytest.mark.timeout(180))

@@ -10,6 +10,7 @@ from playwright.async_api import Route, expect
 from browser.conftest import Visit
 from browser.visitor import Visitor
 from support.openai_scenarios import Scenario, chunk
+from support.wait import eventually
 
 
 async def test_an_answer_arrives_word_by_word(visitor: Visitor) -> None:
@@ -52,9 +53,9 @@ async def test_code_and_messages_can_be_copied(visit: Visit) -> None:
     await visitor.ask("Copy " + visitor.script("```js\nlet a = 1;\n```\n"))
     await visitor.finished()
     await visitor.press("Copy js code")
-    assert await visitor.page.evaluate("navigator.clipboard.readText()") == "let a = 1;\n"
+    await visitor.copied("let a = 1;\n")
     await visitor.press("Copy message", visitor.answers.last)
-    assert await visitor.page.evaluate("navigator.clipboard.readText()") == "```js\nlet a = 1;\n```\n"
+    await visitor.copied("```js\nlet a = 1;\n```\n")
 
 
 async def test_reasoning_is_folded_and_can_be_opened(visitor: Visitor) -> None:
@@ -130,11 +131,15 @@ async def test_an_error_is_shown_in_place_and_can_be_tried_again(visitor: Visito
 async def test_a_busy_model_is_said_while_it_is_waited_for(visitor: Visitor) -> None:
     mark = visitor.script()
     busy = visitor.model.scenarios["busy"]
-    visitor.refuse(mark, Scenario(busy.steps, 429, {**busy.headers, "retry-after": "2"}, times=1))
+    visitor.refuse(mark, Scenario(busy.steps, 429, {**busy.headers, "retry-after": "2"}))
     await visitor.ask("Patience " + mark)
+    await eventually(lambda: any(mark in request.question for request in visitor.model.chats))
+    # When it is asked again it says nothing until the page has been looked at.
+    visitor.rescript(mark, {"wait": "patience"}, "Here I am.")
     await expect(visitor.answers.last.locator(".waiting")).to_contain_text(re.compile("busy|again", re.IGNORECASE))
+    visitor.let("patience")
+    await visitor.reads("Here I am.")
     await visitor.finished()
-    await expect(visitor.answer).not_to_be_empty()
 
 
 async def test_two_chats_answer_at_once_and_each_has_its_mark(visitor: Visitor) -> None:
@@ -202,6 +207,8 @@ async def lets_wait(visitor: Visitor) -> None:
     await visitor.page.route("**/api/health", patient)
     await visitor.page.route(re.compile(r"/api/chats/[^/]+/messages$"), enqueue)
     await visitor.page.reload()
+    # Until the page has heard of it, it sends nothing while it answers.
+    await expect(visitor.page.locator(".topbar .dot")).to_have_class(re.compile("good|warn"))
 
 
 async def test_where_messages_may_wait_a_second_question_is_shown_waiting_and_answered(visitor: Visitor) -> None:

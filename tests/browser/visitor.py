@@ -12,9 +12,10 @@ from playwright.async_api import BrowserContext, Dialog, Locator, Page, Request,
 
 from support.openai_scenarios import Scenario, Step, chunk
 from support.openai_server import OpenAIServer
+from support.wait import eventually
 
 #: Milliseconds; generous, as the machine may be busy.
-PATIENCE = 20_000
+PATIENCE = 30_000
 expect.set_options(timeout=PATIENCE)
 
 _numbers = itertools.count(1)
@@ -50,6 +51,8 @@ class Visitor:
         await self.page.goto(self.url)
 
     async def leave(self) -> None:
+        # Requests that a test has in hand, such as the health that is asked for every ten seconds.
+        await self.page.unroute_all(behavior="ignoreErrors")
         await self.context.close()
 
     def assert_undisturbed(self) -> None:
@@ -166,6 +169,15 @@ class Visitor:
     async def check(self, name: str, within: Locator | None = None) -> Any:
         """What the script `checks/<name>.js` says of the page, or of a part of it."""
         return await (within or self.page).evaluate(script(name))
+
+    async def copied(self, text: str) -> None:
+        """The clipboard has exactly this, a moment after the button was pressed."""
+
+        async def there() -> bool:
+            assert await self.page.evaluate("navigator.clipboard.readText()") == text
+            return True
+
+        await eventually(there)
 
     async def heard(self, says: str) -> None:
         """A screen reader is told."""

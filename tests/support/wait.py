@@ -9,12 +9,15 @@ from typing import TypeVar, overload
 
 T = TypeVar("T")
 
+#: Seconds; no measure of speed. A condition that comes is seen at once, so only a test that fails waits for so long.
+PATIENCE = 30.0
+
 
 @overload
-async def eventually(check: Callable[[], Awaitable[T]], timeout: float = 10, every: float = 0.01) -> T: ...
+async def eventually(check: Callable[[], Awaitable[T]], timeout: float = PATIENCE, every: float = 0.01) -> T: ...
 @overload
-async def eventually(check: Callable[[], T], timeout: float = 10, every: float = 0.01) -> T: ...
-async def eventually(check: Callable[[], T | Awaitable[T]], timeout: float = 10, every: float = 0.01) -> T:
+async def eventually(check: Callable[[], T], timeout: float = PATIENCE, every: float = 0.01) -> T: ...
+async def eventually(check: Callable[[], T | Awaitable[T]], timeout: float = PATIENCE, every: float = 0.01) -> T:
     """Ask `check`, plain or async, until it gives something true, and give that. An AssertionError counts as not yet.
 
     Raises AssertionError after `timeout` seconds, from what `check` last said.
