@@ -9,7 +9,7 @@ import pytest
 
 from chaos.faults import FAULTS
 from chaos.history import History
-from chaos.nemesis import Blow
+from chaos.nemesis import LEAST, Blow
 from chaos.report import Plan
 from chaos.run import excuse, main, play
 
@@ -18,14 +18,14 @@ KEEP: Final = Path(__file__).parents[2] / "var" / "chaos"
 
 
 # On a machine with much else to do it is the processes' starts that take long.
-@pytest.mark.timeout(480)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("seed", "hosts"), [(1, 1), (2, 2)])
 async def test_promises_hold_while_things_break(seed: int, hosts: int) -> None:
     plan = Plan(seed, seconds=15, clients=4, at_once=3, gap=(0.2, 1.0), hosts=hosts, ttl=5, keep=KEEP)
     outcome = await play(plan)
     assert not outcome.violations, outcome.report()
     # It would prove nothing if nothing had happened.
-    assert len(outcome.blows) >= 5, outcome.report()
+    assert len(outcome.blows) >= LEAST, outcome.report()
     assert outcome.figures["states"].get("done", 0) >= 3, outcome.report()
     assert outcome.figures["connections"] > outcome.figures["readers"], outcome.report()
 
