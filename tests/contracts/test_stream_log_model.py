@@ -272,7 +272,7 @@ def _known(meta: Meta | None) -> object:
     return (meta.status, meta.attempt, meta.count, meta.cancelled, meta.lease_left > 0)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_the_log_in_redis_answers_as_the_one_in_memory(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # So that few and small events take all ways.
     monkeypatch.setattr(headwater.streams.redis, "MANY", 4)

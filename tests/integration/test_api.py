@@ -123,7 +123,7 @@ async def test_a_message_is_accepted_with_all_that_is_needed_to_follow_it(api: A
     assert (task["status"], task["kind"], task["attempt"]) == ("queued", "chat", 0)
     active = (await api.http.get(f"/api/chats/{chat_id}/active-task")).json()
     assert active == {"task_id": accepted["task_id"]}
-    assert rows(database_url) == {"chats": 1, "messages": 2, "runs": 1}
+    await eventually(lambda: rows(database_url) == {"chats": 1, "messages": 2, "runs": 1})
 
 
 async def test_the_short_paths_do_the_same(api: Api) -> None:
@@ -140,7 +140,8 @@ async def test_the_short_paths_do_the_same(api: Api) -> None:
 async def test_a_chat_that_is_answering_refuses_a_second_message_and_names_the_run(api: Api, database_url: str) -> None:
     chat_id = await api.chat()
     accepted = await api.ask(chat_id)
-    before = rows(database_url)
+    before = {"chats": 1, "messages": 2, "runs": 1}
+    await eventually(lambda: rows(database_url) == before)
     refused = await api.http.post(f"/api/chats/{chat_id}/messages", json={"content": "And?"})
     assert problem(refused, 409, "chat_busy")["task_id"] == accepted["task_id"]
     refused = await api.http.post(f"/api/chats/{chat_id}/messages/{accepted['message_id']}/regenerate")
@@ -200,7 +201,7 @@ async def test_the_same_key_gives_the_same_run_and_another_body_is_refused(api: 
     answers = await asyncio.gather(*(api.http.post(path, json={"content": "Once"}, headers=headers) for _ in range(5)))
     assert {answer.status_code for answer in answers} == {202}
     assert len({answer.json()["task_id"] for answer in answers}) == 1
-    assert rows(database_url) == {"chats": 1, "messages": 2, "runs": 1}
+    await eventually(lambda: rows(database_url) == {"chats": 1, "messages": 2, "runs": 1})
     problem(await api.http.post(path, json={"content": "Other"}, headers=headers), 422, "idempotency_key_reused")
 
 

@@ -6,11 +6,12 @@ import asyncio
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 
 import pytest
 
+from headwater import streams
 from headwater.errors import NotFound
 from headwater.ids import new_id
 from headwater.intake import CANCELLING
@@ -40,7 +41,7 @@ async def kept(house: House) -> None:
     async def none_left() -> bool:
         return not await house.journal.cancels(10)
 
-    await eventually(none_left, 20)
+    await eventually(none_left)
 
 
 async def test_a_worker_is_told_when_redis_answers_again(own: OwnRedis, database_url: str, tmp_path: Path) -> None:
@@ -53,10 +54,10 @@ async def test_a_worker_is_told_when_redis_answers_again(own: OwnRedis, database
             with pytest.raises(NotFound):
                 await house.intake.cancel(STRANGER, accepted.task_id)
             for _ in range(2):
-                stopped = await asyncio.wait_for(house.intake.cancel(ME, accepted.task_id), 5)
+                stopped = await asyncio.wait_for(house.intake.cancel(ME, accepted.task_id), 30)
                 assert stopped.status == CANCELLING
             assert await house.journal.cancels(10) == [accepted.task_id]
-        ended = await asyncio.wait_for(working, 20)
+        ended = await asyncio.wait_for(working, 60)
         assert ended is not None
         assert ended.state is RunState.CANCELLED
         await kept(house)
@@ -78,7 +79,7 @@ async def test_a_wish_made_while_nobody_knew_the_owner_is_the_owners_alone(own: 
             nobody = alien_id()
             with frozen(own), postgres.frozen():
                 for caller, run_id in ((STRANGER, mine), (ME, mine), (STRANGER, theirs), (ME, queued), (ME, nobody)):
-                    stopped = await asyncio.wait_for(house.intake.cancel(caller, run_id), 10)
+                    stopped = await asyncio.wait_for(house.intake.cancel(caller, run_id), 30)
                     assert stopped.status == CANCELLING
                 assert await house.journal.cancels(10) == []
                 assert len(await house.journal.wishes(10)) == 5
@@ -86,14 +87,14 @@ async def test_a_wish_made_while_nobody_knew_the_owner_is_the_owners_alone(own: 
             async def judged() -> bool:
                 return not await house.journal.wishes(10)
 
-            await eventually(judged, 20)
-            ended = await asyncio.wait_for(working[0], 20)
+            await eventually(judged)
+            ended = await asyncio.wait_for(working[0], 60)
             assert ended is not None
             assert ended.state is RunState.CANCELLED
             await kept(house)
             assert (await house.reading.run_view(ME, queued)).state is RunState.CANCELLED
             house.gate.set()
-            other = await asyncio.wait_for(working[1], 20)
+            other = await asyncio.wait_for(working[1], 60)
             assert other is not None
             assert other.state is RunState.DONE
 
@@ -111,7 +112,7 @@ async def test_a_wish_is_judged_by_redis_while_postgresql_is_still_away(own: Own
                 with frozen(own):
                     for run_id in (nobody, accepted.task_id):
                         assert (await house.intake.cancel(ME, run_id)).status == CANCELLING
-                ended = await asyncio.wait_for(working, 20)
+                ended = await asyncio.wait_for(working, 60)
                 assert ended is not None
                 assert ended.state is RunState.CANCELLED
                 assert await house.journal.wishes(10) == [(nobody, ME.owner_id)]
@@ -133,7 +134,7 @@ async def test_a_worker_whose_redis_comes_back_empty_keeps_what_it_said(
         own.stop()
         assert (await house.intake.cancel(ME, accepted.task_id)).status == CANCELLING
         own.start()
-        ended = await asyncio.wait_for(working, 30)
+        ended = await asyncio.wait_for(working, 60)
         assert ended is not None
         assert (ended.state, ended.attempt) == (RunState.CANCELLED, 1)
         await kept(house)
@@ -163,10 +164,13 @@ async def test_promises_that_take_their_time_do_not_stand_in_the_way_of_others(
     redis_url: str, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("headwater.intake.stops.BATCH", 2)
-    async with make_house(redis_url, database_url, tmp_path) as house:
+    async with make_house(redis_url, database_url, tmp_path) as house, AsyncExitStack() as last:
+        # Its lease does not end before the test does: the promises stay.
+        log = streams.connect(redis_url, lease_seconds=3600)
+        last.push_async_callback(log.close)
         for _ in range(3):
             held = new_run("chat", owner_id=ME.owner_id)
-            await house.log.claim(held, "a worker that is frozen")
+            await log.claim(held, "a worker that is frozen")
             await house.journal.note_cancel(held.id)
         queued = await house.intake.send(ME, (await house.intake.create_chat(ME)).id, "hello")
         await house.journal.note_cancel(queued.task_id)
@@ -174,7 +178,7 @@ async def test_promises_that_take_their_time_do_not_stand_in_the_way_of_others(
         async def ended() -> bool:
             return (await house.reading.run_view(ME, queued.task_id)).state is RunState.CANCELLED
 
-        await eventually(ended, 5)
+        await eventually(ended)
 
 
 async def test_a_promise_that_cannot_be_kept_is_told_once_and_does_not_stand_in_the_way_of_others(
@@ -228,7 +232,8 @@ async def test_a_server_killed_after_its_promise_leaves_it_to_the_next(make_stac
     stack = await make_stack()
     assert stack.redis_server is not None
     async with stack.client() as http:
-        accepted = await ask(http, "Stop me. [[scenario:slow]]")
+        # It speaks for longer than the next server takes to start.
+        accepted = await ask(http, "Stop me. [[words:6000]] [[rate:20]]")
         reader = Reader(stack.base_url, accepted["task_id"])
         reading = asyncio.create_task(reader.read())
         await eventually(lambda: len(reader.text) > 20)
@@ -244,4 +249,4 @@ async def test_a_server_killed_after_its_promise_leaves_it_to_the_next(make_stac
         await stack.server.start()
         await reading
     assert reader.end == "cancelled"
-    assert row_of(stack, accepted["message_id"]) == ("cancelled", reader.text)
+    await eventually(lambda: row_of(stack, accepted["message_id"]) == ("cancelled", reader.text))

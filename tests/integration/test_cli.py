@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -257,10 +258,15 @@ async def fill(file: Path, records: int = 50) -> None:
 
 
 async def test_doctor_finds_a_whole_system_well(with_servers: Command) -> None:
-    code, output = await with_servers("doctor")
-    assert code == 0, output
+    async def quick() -> str:
+        # On a busy machine a round trip may be slow enough to be told of.
+        code, output = await with_servers("doctor")
+        assert code == 0, output
+        assert re.search(r"^✔ PostgreSQL +version 18", output, re.MULTILINE), output
+        return output
+
+    output = await eventually(quick)
     assert "✘" not in output
-    assert re.search(r"^✔ PostgreSQL +version 18", output, re.MULTILINE)
     # The tests' Redis keeps no file, which deserves a look and no more.
     assert re.search(r"^! Redis .*append-only", output, re.MULTILINE)
     assert re.search(r"^! Model ", output, re.MULTILINE)
@@ -301,7 +307,8 @@ async def test_monitor_redis_shows_the_events_of_a_run(stack: Stack, tmp_path: P
             assert "following stream:*" in first
             run_id = await ask(stack, "[[scenario:hello]] monitored")
             lines = ""
-            while "done" not in lines:
+            # Other runs of this stack may end meanwhile.
+            while not re.search(rf"{run_id}.* done", lines):
                 lines += await asyncio.to_thread(process.stdout.readline)
         finally:
             process.kill()
@@ -314,10 +321,23 @@ async def test_monitor_celery_lists_workers_and_runs_and_follows_one_to_its_end(
     run_id = await ask(stack, "[[scenario:hello]] listed")
     code, output = await command("monitor", "celery", run_id)
     assert code == 0, output
-    assert re.search(r"done, chat, \d+ events.*Celery: SUCCESS", output.splitlines()[-1])
-    code, output = await command("monitor", "celery", "list")
-    assert code == 0
-    assert re.search(r"^Workers\n +worker1@", output, re.MULTILINE)
+    assert re.search(r"done, chat, \d+ events.*Celery: ", output.splitlines()[-1])
+
+    async def celery_knows() -> bool:
+        # It hears of a run's end after the log.
+        _, output = await command("monitor", "celery", run_id)
+        return "Celery: SUCCESS" in output
+
+    await eventually(celery_knows)
+
+    async def listed() -> str:
+        code, output = await command("monitor", "celery", "list")
+        assert code == 0
+        # A worker on a busy machine may answer too late.
+        assert re.search(r"^Workers\n +worker1@", output, re.MULTILINE), output
+        return output
+
+    output = await eventually(listed)
     assert re.search(rf"^ +{run_id} +done, chat", output, re.MULTILINE)
 
 
@@ -338,7 +358,7 @@ async def test_journal_sync_brings_what_was_kept_while_postgres_was_away(stack: 
         code, output = await command("journal", "status")
         return code == 0 and "Waiting    0 records" in output
 
-    await eventually(nothing_waits, 30)
+    await eventually(nothing_waits)
     assert json.dumps(await command("journal", "sync")).startswith('[0, "0 records')
 
 
@@ -442,7 +462,9 @@ async def test_env_prints_the_addresses_of_the_running_up_for_a_shell(tmp_path: 
 
 async def test_celerys_own_command_finds_the_running_up_and_else_says_a_sentence(stack: Stack, tmp_path: Path) -> None:
     command = Command(tmp_path)
-    celery = [sys.executable, "-m", "celery", "-A", "headwater.worker", "inspect", "ping"]
+    # By name: its answer ends the wait.
+    asked = ["--timeout", "60", "--destination", f"worker1@{socket.gethostname()}"]
+    celery = [sys.executable, "-m", "celery", "-A", "headwater.worker", "inspect", *asked, "ping"]
 
     def run() -> tuple[int, str]:
         ended = subprocess.run(
@@ -452,7 +474,7 @@ async def test_celerys_own_command_finds_the_running_up_and_else_says_a_sentence
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=60,
+            timeout=180,
             check=False,
         )
         return ended.returncode, ended.stdout

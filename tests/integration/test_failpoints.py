@@ -20,7 +20,7 @@ from support.openai_scenarios import answer
 from support.stack import Process, Stack, StackMaker
 from support.wait import eventually
 
-SETTINGS = {"HEADWATER_LEASE_SECONDS": "1", "HEADWATER_QUEUE_GRACE": "2", "HEADWATER_WORKER_CONCURRENCY": "4"}
+SETTINGS = {"HEADWATER_LEASE_SECONDS": "2", "HEADWATER_QUEUE_GRACE": "2", "HEADWATER_WORKER_CONCURRENCY": "4"}
 #: Seconds from the crash to the end of the answer; generous, as the machine may be busy.
 RECOVERY = 60.0
 
@@ -54,7 +54,7 @@ class Question:
     key: str
 
     async def post(self, base_url: str) -> dict[str, Any]:
-        async with httpx.AsyncClient(base_url=base_url, timeout=30, trust_env=False) as http:
+        async with httpx.AsyncClient(base_url=base_url, timeout=60, trust_env=False) as http:
             reply = await http.post(
                 f"/api/chats/{self.chat_id}/messages",
                 json={"content": self.text},

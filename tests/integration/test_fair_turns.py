@@ -66,6 +66,10 @@ class Desk:
         page = await self.log.read(run.id, 0, 1000)
         return page.events if page is not None else ()
 
+    async def begun(self, *runs: Run) -> None:
+        for run in runs:
+            await eventually(partial(self.events, run))
+
     async def ended(self, *runs: Run, within: float = 90) -> None:
         async def all_of_them() -> bool:
             return all(meta and meta.status.terminal for meta in await self.log.metas([run.id for run in runs]))
@@ -116,10 +120,7 @@ async def one_slot_taken(stack: Stack, model: OpenAIServer) -> AsyncIterator[Des
         first = question(f"Hold. [[scenario:{name}]]", owner="somebody")
         await made.hand_in(first)
 
-        async def begun() -> bool:
-            return bool(await made.events(first))
-
-        await eventually(begun, 30)
+        await made.begun(first)
         yield made
         model.release(name)
         await made.ended(first)
@@ -175,26 +176,37 @@ async def _equals(ask: object, wanted: int) -> bool:
 
 
 async def test_no_more_runs_of_an_owner_than_allowed_are_under_way_and_all_of_them_end(
-    make_stack: StackMaker,
+    make_stack: StackMaker, openai_server: OpenAIServer
 ) -> None:
-    limits = {"HEADWATER_WORKER_CONCURRENCY": "20", "HEADWATER_OWNER_RUNS": "2", "HEADWATER_LEASE_SECONDS": "2"}
+    limits = {"HEADWATER_WORKER_CONCURRENCY": "20", "HEADWATER_OWNER_RUNS": "2", "HEADWATER_LEASE_SECONDS": "4"}
     stack = await make_stack(servers=0, workers=2, settings=limits)
     async with desk(stack.redis_url) as at:
-        many = [question("[[words:10]] [[rate:50]]", owner="many") for _ in range(24)]
+        many = [question(held(openai_server, "many"), owner="many") for _ in range(24)]
         jobs = [question(owner="many", kind="job") for _ in range(3)]
-        few = [question("[[words:10]] [[rate:50]]", owner="few") for _ in range(2)]
+        few = [question(held(openai_server, "few"), owner="few") for _ in range(2)]
         await at.hand_in(*many)
         await eventually(lambda: at.parked("many", "runs:chat"))
         await at.hand_in(*jobs, *few)
-        await at.ended(*jobs, *few)
-        assert await at.parked("many", "runs:chat"), "neither its own jobs nor others' questions wait for its questions"
+        await at.ended(*jobs)
+        await at.begun(*few)
+        openai_server.release("few")
+        await at.ended(*few)
+        # Neither its own jobs nor others' questions waited for its questions, which all wait still.
+        assert await at.parked("many", "runs:chat")
         stack.workers[0].kill()
         await stack.workers[0].start()
+        openai_server.release("many")
         await at.ended(*many, within=120)
         assert await at.most_at_once(*few) == 2
         unbroken = [run for run in many if len(await _attempts(at, run)) == 1]
         assert len(unbroken) >= len(many) - 2
         assert 1 <= await at.most_at_once(*unbroken) <= 2
+
+
+def held(model: OpenAIServer, name: str) -> str:
+    """A question whose answer begins, and ends when `name` is released."""
+    model.scenarios[name] = Scenario([{"chunk": chunk("x")}, {"wait": name}, {"chunk": chunk(finish="stop")}])
+    return f"[[scenario:{name}]]"
 
 
 async def _attempts(at: Desk, run: Run) -> list[Event]:

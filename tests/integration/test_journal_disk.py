@@ -35,7 +35,8 @@ async def test_a_full_disk_refuses_what_is_new_lets_answers_end_and_heals(
                 await eventually(lambda: len(reader.text) > 20)
 
                 disk.fill()
-                assert disk.free == 0
+                # Less than a message takes, though somebody may have given a page back meanwhile.
+                assert disk.free < 20_000
 
                 key = new_id()
                 refused = await send(http, empty, key)
@@ -60,7 +61,7 @@ async def test_a_full_disk_refuses_what_is_new_lets_answers_end_and_heals(
                 await reading
                 assert (reader.end, reader.text) == ("done", answer(speaking, 60))
                 # The journal has no room for it, PostgreSQL has.
-                assert row_of(stack, running["message_id"]) == ("done", reader.text)
+                await eventually(lambda: row_of(stack, running["message_id"]) == ("done", reader.text))
                 assert (await send(http, empty, key)).status_code == 507
 
                 disk.give_back()
@@ -70,7 +71,8 @@ async def test_a_full_disk_refuses_what_is_new_lets_answers_end_and_heals(
                 assert accepted.status_code == 202, accepted.text
                 last = await Reader(stack.base_url, accepted.json()["task_id"]).read()
                 assert (last.end, last.text) == ("done", "Hello, world")
-                assert row_of(stack, accepted.json()["message_id"]) == ("done", "Hello, world")
+                last_id = accepted.json()["message_id"]
+                await eventually(lambda: row_of(stack, last_id) == ("done", "Hello, world"))
         finally:
             await stack.stop()
 

@@ -90,7 +90,7 @@ async def test_every_event_counts_once_however_the_bytes_are_cut(programs: None)
     paths = ["/whole", "/cut", "/old", "/ends", "/refused"]
     async with (
         listening(serve) as port,
-        streams.Readers(port, paths, len(paths), warmup=0.1, seconds=2.0, grace=0.1) as readers,
+        streams.Readers(port, paths, len(paths), warmup=0.1, seconds=5.0, grace=0.1) as readers,
     ):
         assert await readers.said("open") == "open 4"
         await readers.said("measure")
@@ -101,7 +101,7 @@ async def test_every_event_counts_once_however_the_bytes_are_cut(programs: None)
     assert seen["events"] == 31 + 5 + 1 + 1
     assert seen["delivered"] == 31 + 5 + 1
     # One of 38 is a minute old.
-    assert seen["p50_us"] < 2_000_000 < seen["p999_us"]
+    assert seen["p50_us"] < 30_000_000 < seen["p999_us"]
 
 
 async def test_a_subscriber_gets_what_the_publisher_counts(programs: None, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ async def test_a_subscriber_gets_what_the_publisher_counts(programs: None, tmp_p
         async with (
             streams.Publisher(spec) as publisher,
             streams.Readers(
-                redis.port, [f"SUBSCRIBE {' '.join(names)}"], 1, warmup=0.3, seconds=1.0, grace=1.0
+                redis.port, [f"SUBSCRIBE {' '.join(names)}"], 1, warmup=0.3, seconds=1.0, grace=3.0
             ) as readers,
         ):
             await readers.said("open")

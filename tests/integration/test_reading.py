@@ -73,7 +73,7 @@ async def test_a_busy_log_is_not_taken_for_one_that_does_not_know_the_run(
 async def test_a_run_that_only_postgresql_could_know_does_not_hide_the_others(
     redis_url: str, database_url: str, tmp_path: Path, postgres_server: Postgres
 ) -> None:
-    async with make_house(redis_url, database_url, tmp_path, db_wait=0.3) as house:
+    async with make_house(redis_url, database_url, tmp_path, db_wait=0.6) as house:
         chat = await house.intake.create_chat(ME)
         run_id = (await house.intake.send(ME, chat.id, "hello")).task_id
         untold = old_id()

@@ -9,26 +9,34 @@ import httpx
 import orjson
 
 from headwater.ids import new_id
-from support.openai_scenarios import answer
+from support.openai_scenarios import Scenario, Step, answer, chunk, pieces
+from support.openai_server import OpenAIServer
 from support.reader import Reader, ask
 from support.stack import StackMaker
 from support.wait import eventually
 
 READERS = 20
-#: What a supervisor waits before it kills: no measure of speed.
-PATIENCE = 5.0
 
 
-async def test_streams_end_between_frames_and_go_on_at_another_server(make_stack: StackMaker) -> None:
+async def test_streams_end_between_frames_and_go_on_at_another_server(
+    make_stack: StackMaker, openai_server: OpenAIServer
+) -> None:
     stack = await make_stack(servers=2, settings={"HEADWATER_FLUSH_MS": "0"})
-    question = f"End {new_id()} [[words:600]] [[rate:150]]"
+    name = f"end-{new_id()}"
+    question = f"End [[scenario:{name}]]"
+    whole = answer(question, 600)
+    words: list[Step] = [step for word in pieces(whole) for step in ({"chunk": chunk(word)}, {"sleep": 1 / 150})]
+    # It ends in the middle of what it streams, and in any case before its last word.
+    openai_server.scenarios[name] = Scenario(
+        [*words[:-2], {"wait": name}, *words[-2:], {"chunk": chunk(finish="stop")}, {"done": True}]
+    )
     async with stack.client() as http:
         accepted = await ask(http, question)
     bodies = [bytearray() for _ in range(READERS)]
 
     async def read(body: bytearray) -> None:
         async with (
-            httpx.AsyncClient(timeout=30, trust_env=False) as http,
+            httpx.AsyncClient(timeout=60, trust_env=False) as http,
             http.stream("GET", f"{stack.base_url}/api/stream/{accepted['task_id']}") as stream,
         ):
             # A chunked body that does not come to its proper end raises here.
@@ -36,8 +44,8 @@ async def test_streams_end_between_frames_and_go_on_at_another_server(make_stack
                 body += data
 
     reading = asyncio.gather(*map(read, bodies))
-    await eventually(lambda: min(map(len, bodies)) > 5_000, 30)
-    await stack.server.terminate(PATIENCE)
+    await eventually(lambda: min(map(len, bodies)) > 5_000, 60)
+    await stack.server.terminate()
     await reading
     assert stack.server.exit_code == 0
     assert "Traceback" not in stack.server.log()
@@ -51,7 +59,7 @@ async def test_streams_end_between_frames_and_go_on_at_another_server(make_stack
         assert [event["seq"] for _, event in events] == list(range(1, len(events) + 1))
         cursor = events[-1][0]
         ends[cursor] = "".join(event["text"] for _, event in events if event["type"] == "content")
-    whole = answer(question, 600)
+    openai_server.release(name)
     for cursor, said in ends.items():
         assert whole.startswith(said)
         assert len(said) < len(whole)

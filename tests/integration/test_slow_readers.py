@@ -40,7 +40,7 @@ async def test_readers_that_never_read_cost_a_server_no_memory(make_stack: Stack
             deaf += [_deaf(stack.server.port, f"/api/stream/{run_id}") for _ in range(READERS)]
             # Each has the first event: all are past their first read of the log.
             await eventually(lambda: all(_waiting(one) > 300 for one in deaf), 90, every=0.2)
-            healthy = asyncio.create_task(Reader(stack.base_url, run_id).read(120))
+            healthy = asyncio.create_task(Reader(stack.base_url, run_id).read(240))
             before = await asyncio.to_thread(_memory, stack.server.pid)
             most = before
             for seq in range(2, EVENTS + 2):

@@ -601,7 +601,7 @@ async def test_of_many_turns_at_once_only_one_finds_the_chat_free(store: Store) 
 
 
 async def test_a_turn_that_is_held_for_too_long_is_away_not_a_hang(database_url: str) -> None:
-    patient, hasty = make_store(database_url), make_store(database_url, wait=0.3)
+    patient, hasty = make_store(database_url), make_store(database_url, wait=1.0)
     chat, other = a_chat(), a_chat()
     await put(patient, chat, other)
     try:
@@ -630,7 +630,7 @@ def own_server() -> Iterator[OwnPostgres]:
 
 @pytest_asyncio.fixture
 async def own_store(own_server: OwnPostgres) -> AsyncIterator[Store]:
-    store = make_store(own_server.url(), wait=0.5)
+    store = make_store(own_server.url(), wait=2.0)
     yield store
     await store.close()
 
@@ -645,7 +645,7 @@ async def away(store: Store, chat: Chat) -> None:
         store.turn("local", chat.id).__aenter__(),
         store.chats.delete("local", chat.id, AT),
     ]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [StoreUnavailable] * len(calls)
 
@@ -661,8 +661,8 @@ async def test_a_frozen_server_is_away_within_the_wait_and_heals(own_server: Own
             begun = loop.time()
             with pytest.raises(StoreUnavailable, match="in time"):
                 await own_store.ping()
-            # The contract is the wait of 0.5 s; psycopg left to itself takes five and more.
-            assert loop.time() - begun < 3
+            # The contract is the wait of two seconds; psycopg left to itself takes five and more.
+            assert loop.time() - begun < 4.5
         await away(own_store, chat)
 
     message = a_message(chat)
@@ -696,7 +696,7 @@ async def test_a_turn_over_a_freeze_ends_with_an_error_and_lets_go(own_server: O
         except StoreUnavailable:
             return None
 
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         with pytest.raises(StoreUnavailable):
             await freeze_before_the_end()
         # Whether it got through cannot be known, but all of it or nothing did, and the chat is free again.
@@ -715,7 +715,7 @@ async def test_a_call_that_is_cancelled_while_the_server_is_frozen_ends_at_once(
         # Far enough to wait for the answer, and far from the time limit.
         await asyncio.sleep(0.05)
         task.cancel()
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(4.5):
             with pytest.raises(asyncio.CancelledError):
                 await task
             await own_store.close()
@@ -754,7 +754,7 @@ async def test_a_read_only_server_is_away_for_writes_and_refuses_no_data(
     await put(own_store, chat)
     admin = psycopg.connect(own_server.url("postgres"), autocommit=True)
     admin.execute("ALTER DATABASE headwater SET default_transaction_read_only = on")
-    read_only = make_store(own_server.url(), wait=0.5)
+    read_only = make_store(own_server.url(), wait=2.0)
     try:
         with pytest.raises(StoreUnavailable):
             await put(read_only, a_message(chat))
@@ -766,7 +766,7 @@ async def test_a_read_only_server_is_away_for_writes_and_refuses_no_data(
 
 
 async def test_a_pool_that_is_exhausted_is_away_not_a_hang(database_url: str) -> None:
-    store = make_store(database_url, pool_size=1, wait=0.3)
+    store = make_store(database_url, pool_size=1, wait=1.0)
     chat, other = a_chat(), a_chat()
     await put(store, chat, other)
     try:
@@ -779,7 +779,7 @@ async def test_a_pool_that_is_exhausted_is_away_not_a_hang(database_url: str) ->
 
 
 async def test_a_statement_that_takes_too_long_is_ended_on_both_sides(database_url: str) -> None:
-    store = make_store(database_url, wait=0.3)
+    store = make_store(database_url, wait=1.0)
     chat = a_chat()
     await put(store, chat)
     with psycopg.connect(database_url) as locker:

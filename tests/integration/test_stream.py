@@ -223,18 +223,16 @@ async def test_a_reader_that_takes_nothing_does_not_hold_up_the_end_of_the_serve
     tmp_path: Path, redis_url: str, database_url: str
 ) -> None:
     async with serving(settings_for(tmp_path, redis_url, database_url)) as api:
+        # Whoever waited for it would not come back while this test lasts.
+        api.graph.streams.send_timeout = 3600
         run_id, lease = await begin(api, "a")
         deaf = deaf_reader(api, f"/api/stream/{run_id}")
         try:
             for seq in range(2, 202):
                 await api.say(lease, seq, content("x" * 40_000))
             await eventually(lambda: any(one.sending_since for one in api.graph.streams.open_now))
-            loop = asyncio.get_running_loop()
-            begun = loop.time()
             api.server.should_exit = True
             await eventually(lambda: api.app.graph is None)
-            # Not a measure of speed: five seconds is what a supervisor waits before it kills.
-            assert loop.time() - begun < 5
         finally:
             deaf.close()
 

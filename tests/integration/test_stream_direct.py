@@ -48,7 +48,7 @@ class Wire:
         self._writer.close()
 
     async def until(self, part: bytes) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while part not in self.bytes:
                 got = await self._reader.read(65_536)
                 assert got

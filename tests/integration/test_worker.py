@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import re
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,8 +40,8 @@ from support.openai_server import OpenAIServer
 from support.stack import Process, Stack, StackMaker
 from support.wait import eventually
 
-#: A lease as short as it may be, so that a dead worker is noticed soon.
-QUICK = {"HEADWATER_LEASE_SECONDS": "1", "HEADWATER_QUEUE_GRACE": "2", "HEADWATER_WORKER_CONCURRENCY": "4"}
+#: A short lease, so that a dead worker is noticed soon, and long enough for one that lives on a busy machine.
+QUICK = {"HEADWATER_LEASE_SECONDS": "4", "HEADWATER_QUEUE_GRACE": "2", "HEADWATER_WORKER_CONCURRENCY": "4"}
 
 
 @dataclass
@@ -86,7 +88,7 @@ class Client:
         page = await self.log.read(run.id, 0, 100_000)
         return list(page.events) if page is not None else []
 
-    async def ended(self, run: Run, timeout: float = 40) -> list[Event]:
+    async def ended(self, run: Run, timeout: float = 90) -> list[Event]:
         """All events, once the log is closed."""
 
         async def closed() -> list[Event] | None:
@@ -103,7 +105,7 @@ class Client:
         async def said() -> bool:
             return sum(event.type is EventType.CONTENT for event in await self.events(run)) >= pieces
 
-        await eventually(said, 30)
+        await eventually(said)
 
     async def row(self, run: Run) -> Run:
         """The run's row, once it has ended."""
@@ -112,13 +114,33 @@ class Client:
             row = await self.store.runs.get(run.id)
             return row if row is not None and row.state.terminal else None
 
-        row = await eventually(stored, 20, every=0.05)
+        row = await eventually(stored, every=0.05)
         assert row is not None
         return row
 
     async def state(self, run: Run) -> str:
         """What Celery says of the task."""
         return str(await asyncio.to_thread(lambda: self.celery.AsyncResult(run.id).state))
+
+    async def state_is(self, run: Run, wanted: str) -> None:
+        """Wait until Celery says so: it hears of a run's end after the log."""
+
+        async def said() -> bool:
+            assert await self.state(run) == wanted
+            return True
+
+        await eventually(said, every=0.05)
+
+    async def message(self, run: Run) -> Message:
+        """The answer's row, once it has ended."""
+
+        async def stored() -> Message | None:
+            message = await self.store.chats.message(str(run.message_id))
+            return message if message is not None and message.status is not MessageStatus.PROCESSING else None
+
+        message = await eventually(stored, every=0.05)
+        assert message is not None
+        return message
 
 
 @asynccontextmanager
@@ -178,25 +200,32 @@ async def either(request: pytest.FixtureRequest, stacks: dict[str, Stack]) -> St
     return await awake(stacks[request.param])
 
 
-async def test_a_run_streams_and_ends_in_the_database(either: Stack) -> None:
+async def test_a_run_streams_and_ends_in_the_database(either: Stack, openai_server: OpenAIServer) -> None:
     async with client_of(either) as client:
-        question = f"How far is the sea? {new_id()} [[words:60]][[rate:100]]"
-        run = await client.accept(question)
+        name = f"sea-{new_id()}"
+        said = [
+            {"chunk": chunk("Far, ")},
+            {"wait": name},
+            {"chunk": chunk("far away.")},
+            {"chunk": chunk(finish="stop")},
+        ]
+        openai_server.load({"scenarios": {name: {"steps": [*said, {"chunk": chunk(choices=False, usage=(7, 60))}]}}})
+        run = await client.accept(f"How far is the sea? [[scenario:{name}]]")
         assert await client.state(run) == "PENDING"
         client.ring(run)
         await client.speaking(run)
-        assert await client.state(run) == "STARTED"
+        await client.state_is(run, "STARTED")
+        openai_server.release(name)
         events = await client.ended(run)
-        check_whole(events, answer(question, 60))
+        check_whole(events, "Far, far away.")
         assert events[0].data["state"] == "running"
         assert events[-1].data["usage"]["completion_tokens"] == 60
         row = await client.row(run)
         assert (row.state, row.attempt) == (RunState.DONE, 1)
-        message = await client.store.chats.message(str(run.message_id))
-        assert message is not None
-        assert (message.content, message.status) == (answer(question, 60), MessageStatus.DONE)
-        assert await client.state(run) == "SUCCESS"
-        result = await asyncio.to_thread(lambda: client.celery.AsyncResult(run.id).get(timeout=5))
+        message = await client.message(run)
+        assert (message.content, message.status) == ("Far, far away.", MessageStatus.DONE)
+        await client.state_is(run, "SUCCESS")
+        result = await asyncio.to_thread(lambda: client.celery.AsyncResult(run.id).get(timeout=60))
         assert (result["run_id"], result["status"]) == (run.id, "done")
 
 
@@ -205,14 +234,13 @@ async def test_celery_tells_failed_and_cancelled_runs_apart(stack: Stack) -> Non
         failing, slow = await client.send("[[scenario:auth]]"), await client.send(f"[[scenario:hang]] {new_id()}")
         error = (await client.ended(failing))[-1]
         assert (error.type, error.data["code"]) == (EventType.ERROR, "provider_auth")
-        assert await client.state(failing) == "FAILURE"
+        await client.state_is(failing, "FAILURE")
         await client.speaking(slow)
         await client.log.cancel(slow.id)
         events = await client.ended(slow)
         assert events[-1].type is EventType.CANCELLED
-        assert await client.state(slow) == "REVOKED"
-        kept = await client.store.chats.message(str(slow.message_id))
-        assert kept is not None
+        await client.state_is(slow, "REVOKED")
+        kept = await client.message(slow)
         assert kept.content == Transcript.of(events).content != ""
         assert kept.status is MessageStatus.CANCELLED
 
@@ -288,7 +316,7 @@ async def test_a_run_that_kills_its_process_fails_after_three_attempts(prefork: 
         run = await client.send(f"[[scenario:hang]] {new_id()}")
         pid = 0
         for attempt in (1, 2, 3):
-            await eventually(partial(attempt_is, client, run, attempt), 30)
+            await eventually(partial(attempt_is, client, run, attempt), 60)
             # Each attempt in another child of the pool; Celery replaces it.
             before, pid = pid, await pid_of(client, run)
             assert pid != before
@@ -309,7 +337,7 @@ async def test_a_stopped_worker_that_wakes_up_late_writes_nothing(stack: Stack) 
         events = await client.ended(run)
         zombie.signal(signal.SIGCONT)
         check_whole(events, answer(question, 60))
-        await eventually(lambda: f"Run {run.id} stops at attempt 1, another one has it" in zombie.log(), 20)
+        await eventually(lambda: f"Run {run.id} stops at attempt 1, another one has it" in zombie.log(), 60)
         assert await client.events(run) == events
 
 
@@ -367,7 +395,7 @@ async def test_a_redis_that_is_frozen_for_a_while_loses_nothing(stack: Stack) ->
         holder = stack.workers[await holder_of(client, stack, run)]
         os.kill(stack.redis_server.pid, signal.SIGSTOP)
         try:
-            await eventually(lambda: f"Run {run.id} goes on in memory" in holder.log(), 20)
+            await eventually(lambda: f"Run {run.id} goes on in memory" in holder.log(), 60)
         finally:
             os.kill(stack.redis_server.pid, signal.SIGCONT)
         check_whole(await client.ended(run), answer(question, 60))
@@ -387,10 +415,10 @@ async def test_celerys_own_command_starts_a_worker_that_can_be_asked_and_that_le
             (active,) = await inspected(client, "active")
             assert (active["id"], active["args"]) == (run.id, f"<run {run.id}>")
             assert name not in str(active)
-            stats = await asyncio.to_thread(lambda: client.celery.control.inspect(timeout=5).stats())
+            stats = await asyncio.to_thread(lambda: client.celery.control.inspect(timeout=60, limit=1).stats())
             assert [each["pool"]["max-concurrency"] for each in stats.values()] == [4]
             process.terminate()
-            assert await asyncio.wait_for(process.wait(), 20) == 0
+            assert await asyncio.wait_for(process.wait(), 60) == 0
             # It was the only worker: the run goes on when there is one again.
             await stack.start()
             openai_server.release(name)
@@ -401,14 +429,14 @@ async def test_celerys_own_command_starts_a_worker_that_can_be_asked_and_that_le
 
 
 async def test_several_worker_processes_are_one_command(make_stack: StackMaker) -> None:
-    port = free_port()
+    port = neighbours()
     settings = {**QUICK, "HEADWATER_WORKER_METRICS_PORT": str(port)}
     stack = await make_stack(servers=0, workers=0, settings=settings, start=False)
     pair = Pair("pair", ["worker", "--processes", "2", "--name", "pair@%h"], stack.environment, stack.folder)
     try:
         await pair.start()
         async with client_of(stack) as client, httpx.AsyncClient(trust_env=False) as http:
-            asked = await asyncio.to_thread(lambda: client.celery.control.inspect(timeout=5, limit=2).stats())
+            asked = await asyncio.to_thread(lambda: client.celery.control.inspect(timeout=60, limit=2).stats())
             assert sorted(name.partition("@")[0] for name in asked) == ["pair-1", "pair-2"]
             assert {facts["pool"]["implementation"] for facts in asked.values()} == {"headwater.worker.pool:AsyncPool"}
             assert {facts["pool"]["max-concurrency"] for facts in asked.values()} == {4}
@@ -422,7 +450,7 @@ async def test_several_worker_processes_are_one_command(make_stack: StackMaker) 
             assert dead in pair.workers()
             os.kill(dead, signal.SIGKILL)
             check_whole(await client.ended(run), answer(question, 60))
-            await eventually(lambda: len(pair.workers()) == 3, 30)
+            await eventually(lambda: len(pair.workers()) == 3, 60)
             assert "starting it again" in pair.log()
             # Nothing outlives the supervisor, whether it is told to end or killed.
             await pair.terminate()
@@ -445,6 +473,18 @@ class Pair(Process):
 
     async def _answers(self) -> bool:
         return len(self.workers()) == 2
+
+
+def neighbours() -> int:
+    """The first of two free ports, below those that outgoing connections are given meanwhile."""
+    while True:
+        port = random.randrange(15_000, 30_000)
+        with (
+            suppress(OSError),
+            socket.create_server(("127.0.0.1", port)),
+            socket.create_server(("127.0.0.1", port + 1)),
+        ):
+            return port
 
 
 def alive(pids: list[int]) -> list[int]:
@@ -478,7 +518,8 @@ def lines_of(stack: Stack) -> list[str]:
 
 
 async def inspected(client: Client, what: str) -> list[dict[str, Any]]:
-    answers = await asyncio.to_thread(lambda: getattr(client.celery.control.inspect(timeout=5), what)())
+    # One worker is asked, whose answer ends the wait.
+    answers = await asyncio.to_thread(lambda: getattr(client.celery.control.inspect(timeout=60, limit=1), what)())
     return [task for tasks in answers.values() for task in tasks]
 
 

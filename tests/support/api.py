@@ -91,12 +91,12 @@ async def serving(settings: Settings) -> AsyncIterator[Api]:
                 task.result()
             await asyncio.sleep(0.005)
         log = connect(settings.need_redis(), ttl=settings.stream_ttl, lease_seconds=settings.lease_seconds)
-        async with httpx.AsyncClient(base_url=base_url, timeout=20, trust_env=False) as http:
+        async with httpx.AsyncClient(base_url=base_url, timeout=60, trust_env=False) as http:
             try:
                 yield Api(app, server, base_url, http, log)
             finally:
                 await log.close()
     finally:
         server.should_exit = True
-        await asyncio.wait_for(task, 20)
+        await asyncio.wait_for(task, 60)
         listener.close()

@@ -32,8 +32,8 @@ class Reader:
     def end(self) -> str | None:
         return self.events[-1]["type"] if self.events and self.events[-1]["type"] in TERMINAL else None
 
-    async def read(self, timeout: float = 60) -> Reader:
-        async with asyncio.timeout(timeout), httpx.AsyncClient(timeout=20, trust_env=False) as http:
+    async def read(self, timeout: float = 120) -> Reader:
+        async with asyncio.timeout(timeout), httpx.AsyncClient(timeout=60, trust_env=False) as http:
             while self.end is None and len(self.events) < self.leave_after:
                 try:
                     await self._connect(http)

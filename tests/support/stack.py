@@ -33,9 +33,9 @@ from headwater.store import migrate
 from .wait import eventually
 
 #: Seconds a process may take until it answers; generous, as the machine may be busy.
-READY_TIMEOUT = 60.0
+READY_TIMEOUT = 120.0
 #: Seconds a process may take to end after SIGTERM before a test calls it stuck.
-STOP_TIMEOUT = 15.0
+STOP_TIMEOUT = 30.0
 #: The last line a worker writes before it takes work.
 WORKER_READY = re.compile(r"\bready\.?$", re.MULTILINE)
 
@@ -147,7 +147,7 @@ class ServerProcess(Process):
     async def _answers(self) -> bool:
         async with httpx.AsyncClient(trust_env=False) as http:
             try:
-                return (await http.get(f"{self.base_url}/readyz", timeout=2)).status_code == 200
+                return (await http.get(f"{self.base_url}/readyz", timeout=20)).status_code == 200
             except httpx.TransportError:
                 return False
 
@@ -228,7 +228,7 @@ class Stack:
 
     def client(self, server: int = 0) -> httpx.AsyncClient:
         """An HTTP client of one of the servers."""
-        return httpx.AsyncClient(base_url=self.servers[server].base_url, timeout=30, trust_env=False)
+        return httpx.AsyncClient(base_url=self.servers[server].base_url, timeout=60, trust_env=False)
 
     async def start(self) -> None:
         """Start everything and wait until it takes work."""

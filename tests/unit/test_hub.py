@@ -78,7 +78,7 @@ async def take(reader: Subscription, last: int) -> list[Event]:
     """Events up to seq `last`; fails at a reset or an early end."""
     events: list[Event] = []
     while not events or events[-1].seq < last:
-        batch = await asyncio.wait_for(reader.next(), 10)
+        batch = await asyncio.wait_for(reader.next(), 60)
         assert batch is not None
         assert not batch.reset
         events += batch.events
@@ -88,7 +88,7 @@ async def take(reader: Subscription, last: int) -> list[Event]:
 async def rest(reader: Subscription) -> list[Event]:
     """Events to the end of the stream."""
     events: list[Event] = []
-    while (batch := await asyncio.wait_for(reader.next(), 10)) is not None:
+    while (batch := await asyncio.wait_for(reader.next(), 60)) is not None:
         assert not batch.reset
         events += batch.events
     return events
@@ -433,7 +433,7 @@ class TestEndsAndLosses:
             await scene.write(1, 2)
             scene.log.away = True
             reader = scene.join()
-            beat = await asyncio.wait_for(reader.next(), 10)
+            beat = await asyncio.wait_for(reader.next(), 60)
             assert beat is not None
             assert (list(beat.events), beat.reset) == ([], False)
             scene.log.away = False
@@ -445,7 +445,7 @@ class TestLife:
         async with a_scene(heartbeat=0.05) as scene:
             reader = await scene.live()
             for _ in range(3):
-                beat = await asyncio.wait_for(reader.next(), 10)
+                beat = await asyncio.wait_for(reader.next(), 60)
                 assert beat is not None
                 assert (list(beat.events), beat.reset) == ([], False)
             await scene.finish(1)

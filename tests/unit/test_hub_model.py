@@ -302,7 +302,7 @@ class HubModel(RuleBasedStateMachine):
         assert transcript.content == self.epochs["stored"][0].data["text"]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_every_reader_sees_every_event_once_and_in_order_whatever_happens() -> None:
     run_state_machine_as_test(
         HubModel,

@@ -105,7 +105,7 @@ async def test_a_run_that_raises_is_logged_and_begins_again(
 
     part = Flaky()
     await part.start()
-    await asyncio.wait_for(again.wait(), 10)
+    await asyncio.wait_for(again.wait(), 60)
     await part.stop()
     assert part.runs == 3
     assert "Flaky failed and is started again" in caplog.text
@@ -128,5 +128,5 @@ async def test_a_service_whose_library_loses_the_cancel_is_told_again(monkeypatc
     part = Deaf()
     await part.start()
     await asyncio.sleep(0)
-    await asyncio.wait_for(part.stop(), 10)
+    await asyncio.wait_for(part.stop(), 60)
     assert part.lost == 2

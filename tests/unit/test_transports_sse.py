@@ -58,7 +58,7 @@ class Reader:
         if self.task is None:
             self.start()
         assert self.task is not None
-        await asyncio.wait_for(self.task, 10)
+        await asyncio.wait_for(self.task, 60)
         return self
 
     async def until(self, text: bytes) -> None:

@@ -210,5 +210,5 @@ async def test_a_child_of_a_pool_leaves_the_metrics_port_alone(
 
 
 def scrape(port: int) -> bytes:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
         return bytes(answer.read())
