@@ -115,7 +115,7 @@ async def _round(results: Results, folder: Path, journal: Journal) -> None:
     disk = raw_disk(folder)
     results.add(DISK, disk, sum(disk))
     for writers in WRITERS:
-        await results.storm(_journal(writers), lambda _: journal.append([record()]), writers, SECONDS)
+        await results.storm(_journal(writers), lambda _: journal.add([record()]), writers, SECONDS)
 
 
 async def _direct(results: Results, save: Save, delay: Delay, delays: Sequence[int]) -> None:

@@ -21,7 +21,7 @@ from typing import Self
 from benchmarks.machine import family, pinned
 from headwater.dev.child import STOP_TIMEOUT, Child
 from headwater.dev.services import Postgres, Redis, free_port
-from headwater.store.migrate import upgrade
+from headwater.store.migrate import init
 
 
 class Program(Child):
@@ -93,8 +93,7 @@ class Parts(AbstractContextManager["Parts"]):
         server = Postgres(self.folder / "postgres")
         self._stack.callback(server.stop)
         server.start()
-        server.create_database()
-        upgrade(server.url())
+        init(server.url())
         return server
 
     def program(

@@ -62,10 +62,9 @@ def redis_url(redis_server: Redis) -> str:
 @pytest.fixture(scope="session")
 def template_database(postgres_server: Postgres) -> str:
     """A migrated database to copy: copying takes a fraction of migrating."""
-    from headwater.store.migrate import upgrade
+    from headwater.store.migrate import init
 
-    postgres_server.create_database("template_headwater")
-    upgrade(postgres_server.url("template_headwater"))
+    init(postgres_server.url("template_headwater"))
     return "template_headwater"
 
 

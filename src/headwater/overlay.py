@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from headwater.errors import RecordRefused, StoreUnavailable
-from headwater.journal import Journal
+from headwater.journal import Field, Journal
 from headwater.messages import Chat, Message
 from headwater.records import Record
 from headwater.runs import Run
@@ -99,11 +99,9 @@ class Overlay:
         self._store = store
         self._journal = journal
 
-    async def facts(
-        self, *, owner_id: str | None = None, chat_id: str | None = None, row_id: str | None = None
-    ) -> Facts:
+    async def facts(self, field: Field, value: str) -> Facts:
         """What only the journal has, for an owner, a chat or one row."""
-        return Facts.of(await self._journal.overlay(owner_id=owner_id, chat_id=chat_id, id=row_id))
+        return Facts.of(await self._journal.overlay(field, value))
 
     async def kept(self, chat_id: str) -> Facts:
         """All that this host's journal still has of a chat: what to go by while PostgreSQL is away.
@@ -118,7 +116,7 @@ class Overlay:
 
     async def run(self, run_id: str) -> Run | None:
         """Raises StoreUnavailable when only PostgreSQL could know it and is away."""
-        ahead = (await self.facts(row_id=run_id)).runs.get(run_id)
+        ahead = (await self.facts("id", run_id)).runs.get(run_id)
         try:
             row = await self._store.runs.get(run_id)
         except StoreUnavailable:
@@ -143,7 +141,7 @@ class Overlay:
 
     async def message(self, message_id: str) -> Message | None:
         """Raises StoreUnavailable when only PostgreSQL could know it and is away."""
-        ahead = (await self.facts(row_id=message_id)).messages.get(message_id)
+        ahead = (await self.facts("id", message_id)).messages.get(message_id)
         try:
             row = await self._store.chats.message(message_id)
         except StoreUnavailable:
@@ -154,7 +152,7 @@ class Overlay:
 
     async def carry_over(self, chat_id: str) -> None:
         """Bring the store up to date with a chat now, ahead of the syncer. Raises StoreUnavailable."""
-        records = await self._journal.overlay(chat_id=chat_id)
+        records = await self._journal.overlay("chat_id", chat_id)
         if not records:
             return
         try:

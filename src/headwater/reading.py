@@ -92,7 +92,7 @@ class Reading:
             if after is not None or not known:
                 raise
             return ChatPage([chat for chat in known if _titled(chat, query)][:limit], None, degraded=True)
-        ahead = await self._overlay.facts(owner_id=owner_id)
+        ahead = await self._overlay.facts("owner_id", owner_id)
         if after is not None:
             # These were on the first page already, because they are newer than their rows.
             return ChatPage([row for row in rows if row.id not in ahead.chats], following)
@@ -113,7 +113,7 @@ class Reading:
                 raise
             may(caller, at_hand.owner_id)
             return ChatView(at_hand, known.in_order(), degraded=True)
-        merged = await self._overlay.facts(chat_id=chat_id)
+        merged = await self._overlay.facts("chat_id", chat_id)
         for row in rows:
             merged.add(row)
         if chat is not None:
@@ -219,7 +219,7 @@ class Reading:
     async def active_task(self, caller: Caller, chat_id: str) -> Run | None:
         """The run that answers in a chat now; others may wait behind it. NotFound when the chat is not the caller's."""
         _check_id(chat_id)
-        ahead = await self._overlay.facts(chat_id=chat_id)
+        ahead = await self._overlay.facts("chat_id", chat_id)
         try:
             # Whoever owns the chat owns its runs; the chat itself may be on its way still.
             if chat_id not in ahead.chats:
@@ -238,7 +238,7 @@ class Reading:
 
     async def active_tasks(self, caller: Caller) -> list[Run]:
         """Every run of the caller that is queued or running, oldest first."""
-        ahead = await self._overlay.facts(owner_id=caller.owner_id)
+        ahead = await self._overlay.facts("owner_id", caller.owner_id)
         try:
             rows = await self._store.runs.active_of(caller.owner_id)
         except StoreUnavailable:

@@ -628,7 +628,8 @@ async def test_a_server_starts_and_serves_what_it_can_while_redis_and_postgresql
 
 
 async def test_a_database_without_the_schema_is_said(tmp_path: Path, redis_url: str, postgres_server: Any) -> None:
-    postgres_server.create_database("empty")
+    with psycopg.connect(postgres_server.url("postgres"), autocommit=True) as connection:
+        connection.execute("CREATE DATABASE empty")
     async with serving(settings_for(tmp_path, redis_url, postgres_server.url("empty"))) as api:
         health = await eventually(lambda: _health(api, "postgres", ok=False))
         assert health["parts"]["postgres"]["migrated"] is False

@@ -253,7 +253,7 @@ async def fill(file: Path, records: int = 50) -> None:
     journal = Journal(file, clock=SystemClock(), telemetry=Telemetry())
     await journal.open()
     for number in range(records):
-        await journal.append([Record.of(Chat(new_id(), "local", number, number, title="x" * 200))])
+        await journal.add([Record.of(Chat(new_id(), "local", number, number, title="x" * 200))])
     await journal.close()
 
 
@@ -275,7 +275,8 @@ async def test_doctor_finds_a_whole_system_well(with_servers: Command) -> None:
 async def test_doctor_exits_with_1_and_says_what_to_do_when_something_is_broken(
     tmp_path: Path, redis_url: str, postgres_server: Postgres
 ) -> None:
-    postgres_server.create_database("without_schema")
+    with psycopg.connect(postgres_server.url("postgres"), autocommit=True) as connection:
+        connection.execute("CREATE DATABASE without_schema")
     command = Command(tmp_path, REDIS_URL=redis_url, DATABASE_URL=postgres_server.url("without_schema"))
     code, output = await command("doctor")
     assert code == 1
@@ -369,7 +370,7 @@ async def test_what_was_set_aside_is_shown_with_the_reason_and_brought_back(
     journal = Journal(tmp_path / "data" / "journal.db", clock=SystemClock(), telemetry=Telemetry())
     await journal.open()
     chat = Record.of(Chat(new_id(), "local", 1, 1))
-    await journal.append([chat])
+    await journal.add([chat])
     await journal.set_aside(1, "the disk of the index was away")
     await journal.close()
     code, output = await with_servers("journal", "status")

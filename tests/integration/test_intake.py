@@ -27,6 +27,7 @@ from headwater.errors import (
 from headwater.events import Event, EventType
 from headwater.ids import new_id
 from headwater.intake import CANCELLING
+from headwater.journal import Field
 from headwater.journal import rows as journal_rows
 from headwater.journal.file import unavailable
 from headwater.messages import Chat, Message, MessageStatus, Role
@@ -53,11 +54,7 @@ def rows(url: str, table: str) -> int:
 
 async def synced(house: House) -> None:
     """Until PostgreSQL has everything."""
-
-    async def nothing_waits() -> bool:
-        return not await house.journal.overlay()
-
-    await eventually(nothing_waits)
+    await eventually(house.synced)
 
 
 # --- sending -------------------------------------------------------------------------------------
@@ -446,8 +443,8 @@ async def test_a_run_that_another_process_begins_while_the_chat_is_looked_at_is_
     begun = new_run("chat", owner_id=ME.owner_id, chat_id=chat.id)
     read = journal_rows.unsynced_of
 
-    def read_too_early(connection: apsw.Connection, *of: str | None) -> Any:
-        found = read(connection, *of)
+    def read_too_early(connection: apsw.Connection, field: Field, value: str) -> Any:
+        found = read(connection, field, value)
         with closing(apsw.Connection(connection.filename)) as other, other:
             journal_rows.add(other, [journal_rows.encoded(Record.of(begun), 1)], None, 1)
         monkeypatch.undo()
@@ -677,7 +674,7 @@ async def test_a_list_shows_each_chat_once_though_some_are_not_stored_yet(house:
     fresh = await house.intake.create_chat(ME, title="fresh")
     # Newer in the journal than in its row.
     moved = replace(stored[0], updated_at=fresh.updated_at + 1, version=2)
-    await house.journal.append([Record.of(moved)])
+    await house.journal.add([Record.of(moved)])
     seen: list[Chat] = []
     after: str | None = None
     while True:
@@ -706,6 +703,6 @@ async def test_a_refused_record_does_not_hold_up_the_chat(house: House) -> None:
     await synced(house)
     await house.syncer.stop()
     bad = Message(new_id(), chat.id, ME.owner_id, Role.USER, "a\0b", 1)
-    await house.journal.append([Record.of(bad)])
+    await house.journal.add([Record.of(bad)])
     accepted = await house.intake.send(ME, chat.id, "hello")
     assert isinstance(await house.store.runs.get(accepted.task_id), Run)

@@ -72,10 +72,7 @@ async def test_a_replay_never_changes(house: House) -> None:
 
     from_journal_or_store = await encoded()
 
-    async def synced() -> bool:
-        return not await house.journal.overlay()
-
-    await eventually(synced)
+    await eventually(house.synced)
     assert await encoded() == from_journal_or_store
 
 

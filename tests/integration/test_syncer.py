@@ -161,7 +161,7 @@ async def test_a_save_that_does_not_wait_is_in_the_journal_and_arrives_by_itself
 
 async def test_what_an_earlier_process_left_is_applied_at_the_start(case: Case) -> None:
     left = [said() for _ in range(3)]
-    await case.journal.append(left)
+    await case.journal.add(left)
     async with running(case.syncer):
         await eventually(case.empty)
     assert case.rows() == {record.id for record in left}
@@ -182,7 +182,7 @@ async def test_records_are_applied_in_the_order_of_the_journal(case: Case) -> No
     run = Run(new_id(), "chat", "local", {}, AT, chat_id=CHAT)
     records = [Record.of(thing) for thing in (chat, run, run.started(1, AT), run.started(2, AT))]
     mixed = [record for number in range(300) for record in (said(str(number)), said(str(number), new_id()))]
-    await case.journal.append(records + mixed)
+    await case.journal.add(records + mixed)
 
     assert await case.syncer.sync() == 604
     assert case.store.applied == [record.id for record in records + mixed]
@@ -224,7 +224,7 @@ async def test_a_save_gives_up_waiting_but_not_the_record(case: Case) -> None:
 
 
 async def test_the_gauges_tell_the_backlog_its_age_and_the_poison(case: Case) -> None:
-    await case.journal.append([said(), said("nul \0")])
+    await case.journal.add([said(), said("nul \0")])
     await case.syncer.sync()
     assert case.gauges["headwater_journal_backlog"] == 0
     assert case.gauges["headwater_journal_backlog_age_seconds"] == 0
@@ -238,7 +238,7 @@ async def test_the_gauges_tell_the_backlog_its_age_and_the_poison(case: Case) ->
 async def test_poison_is_set_aside_and_everything_else_arrives(case: Case) -> None:
     good = [said(str(number)) for number in range(40)]
     bad = [said("nul \0"), said("another \0")]
-    await case.journal.append([*good[:13], bad[0], *good[13:30], bad[1], *good[30:]])
+    await case.journal.add([*good[:13], bad[0], *good[13:30], bad[1], *good[30:]])
 
     assert await case.syncer.sync() == 40
     assert case.rows() == {record.id for record in good}
@@ -290,7 +290,7 @@ async def test_a_record_that_postgresql_never_answers_to_is_set_aside_and_comes_
     records = [said(str(number), new_id()) for number in range(30)]
     bad = records[7]
     with trigger(impatient.url, f"IF NEW.id = '{bad.id}' THEN PERFORM {fault}; END IF;"):
-        await impatient.journal.append(records)
+        await impatient.journal.add(records)
         async with running(impatient.syncer):
             await eventually(impatient.empty, 120)
             assert impatient.rows() == {record.id for record in records} - {bad.id}
@@ -300,7 +300,7 @@ async def test_a_record_that_postgresql_never_answers_to_is_set_aside_and_comes_
             await eventually(lambda: not impatient.syncer.away)
             # Found out once, it holds nobody up any more.
             later = said()
-            await impatient.journal.append([later])
+            await impatient.journal.add([later])
             await impatient.syncer.sync(again=True)
             assert later.id in impatient.rows()
             (entry,) = await impatient.journal.aside(10)
@@ -317,7 +317,7 @@ async def test_nothing_is_set_aside_while_postgresql_answers_but_takes_nothing(i
     chat = Record.of(Chat(new_id(), "local", AT, AT))
     with psycopg.connect(impatient.url) as connection:
         connection.execute("LOCK TABLE messages")
-        await impatient.journal.append([records[0], chat, records[1]])
+        await impatient.journal.add([records[0], chat, records[1]])
         for _ in range(ALONE + 1):
             with pytest.raises(StoreUnavailable):
                 await impatient.syncer.sync()
@@ -336,7 +336,7 @@ async def test_a_record_that_passes_once_others_do_is_not_set_aside(impatient: C
             with trigger(
                 impatient.url, f"IF NEW.id = '{late}' AND nextval('tries') < 5 THEN PERFORM pg_sleep(60); END IF;"
             ):
-                await impatient.journal.append(records)
+                await impatient.journal.add(records)
                 for _ in range(ALONE - 1):
                     with pytest.raises(StoreUnavailable):
                         await impatient.syncer.sync()
@@ -355,7 +355,7 @@ async def test_what_was_set_aside_is_tried_again_soon_without_a_periodic_sync(
     bad = said()
     async with running(case.syncer):
         with trigger(case.url, f"IF NEW.id = '{bad.id}' THEN RAISE data_exception; END IF;"):
-            await case.journal.append([bad])
+            await case.journal.add([bad])
             await case.syncer.sync()
             # It may just be tried again.
             await eventually(lambda: _aside(case, bad.id))
@@ -466,7 +466,7 @@ async def test_a_frozen_postgresql_holds_up_one_save_at_most_and_heals(own_serve
 
 async def test_a_batch_that_is_too_much_for_the_time_limit_gets_smaller(case: Case) -> None:
     """Over a slow server a full batch may never fit into the wait: it must still arrive, in smaller ones."""
-    await case.journal.append([said(str(number)) for number in range(64)])
+    await case.journal.add([said(str(number)) for number in range(64)])
     limit = 5
     sizes: list[int] = []
     apply = case.store.apply

@@ -75,7 +75,7 @@ class House:
 
     async def counts(self) -> tuple[int, int]:
         """Records in the journal's file for all chats, and those that wait for PostgreSQL."""
-        waiting = len(await self.journal.overlay())
+        waiting = (await self.journal.backlog()).count
         return len(await self.journal.kept_chats(LOCAL_OWNER)), waiting
 
     async def synced(self) -> bool:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from headwater.dev.services import Postgres
-from headwater.store.migrate import upgrade
+from headwater.store.migrate import init
 
 
 class OwnPostgres:
@@ -44,8 +44,7 @@ class OwnPostgres:
         """Start it, also again after `stop`."""
         self._server = self._make()
         self._server.start()
-        self._server.create_database()
-        upgrade(self.url())
+        init(self.url())
 
     def stop(self) -> None:
         self._server.stop()

@@ -20,7 +20,7 @@ import pytest_asyncio
 from headwater.clock import FrozenClock
 from headwater.errors import ChatBusy, JournalBusy, JournalDamaged, JournalUnavailable, RecordRefused
 from headwater.ids import new_id
-from headwater.journal import Journal, Key, wal
+from headwater.journal import Added, Journal, Key, wal
 from headwater.journal import file as journal_file
 from headwater.journal.salvage import salvage
 from headwater.messages import Chat, Message, Role
@@ -83,9 +83,9 @@ async def case(tmp_path: Path) -> AsyncIterator[Case]:
 
 async def test_records_come_back_in_the_order_they_were_appended(case: Case) -> None:
     records = [said(str(number)) for number in range(5)]
-    await case.journal.append(records[:2])
+    await case.journal.add(records[:2])
     case.clock.advance(1)
-    await case.journal.append(records[2:])
+    await case.journal.add(records[2:])
 
     entries = await case.journal.unsynced(10)
 
@@ -96,22 +96,22 @@ async def test_records_come_back_in_the_order_they_were_appended(case: Case) -> 
 
 
 async def test_a_large_backlog_is_handed_out_in_pieces_of_bounded_size(case: Case) -> None:
-    await case.journal.append([said("x" * 1_000_000) for _ in range(5)])
+    await case.journal.add([said("x" * 1_000_000) for _ in range(5)])
 
     assert len(await case.journal.unsynced(500)) == 3
 
 
 async def test_what_is_marked_synced_leaves_the_backlog(case: Case) -> None:
-    await case.journal.append([said(), said(), said()])
+    await case.journal.add([said(), said(), said()])
     entries = await case.journal.unsynced(10)
     await case.journal.mark_synced([entries[0].position, entries[2].position])
 
     assert await case.waiting() == [entries[1].record.id]
-    assert ids(await case.journal.overlay(chat_id=CHAT)) == [entries[1].record.id]
+    assert ids(await case.journal.overlay("chat_id", CHAT)) == [entries[1].record.id]
 
 
 async def test_a_mark_that_nobody_waits_for_comes_before_the_journal_is_closed(case: Case) -> None:
-    await case.journal.append([said(), said()])
+    await case.journal.add([said(), said()])
     first, second = await case.journal.unsynced(10)
     case.journal.mark_soon([first.position])
     await case.journal.close()
@@ -125,9 +125,9 @@ async def test_a_mark_that_nobody_waits_for_comes_before_the_journal_is_closed(c
 async def test_the_backlog_tells_count_age_and_poison(case: Case) -> None:
     empty = await case.journal.backlog()
     assert (empty.count, empty.oldest_ms, empty.poison) == (0, None, 0)
-    await case.journal.append([said(), said()])
+    await case.journal.add([said(), said()])
     case.clock.advance(7)
-    await case.journal.append([said()])
+    await case.journal.add([said()])
     case.clock.advance(1)
     first = (await case.journal.unsynced(1))[0]
 
@@ -140,12 +140,12 @@ async def test_the_backlog_tells_count_age_and_poison(case: Case) -> None:
 
 async def test_a_record_set_aside_is_out_of_the_way_but_neither_lost_nor_hidden(case: Case) -> None:
     poison, good = said("bad"), said("good")
-    await case.journal.append([poison, good])
+    await case.journal.add([poison, good])
     position = (await case.journal.unsynced(1))[0].position
     await case.journal.set_aside(position, "has a \ud800 in it")
 
     assert await case.waiting() == [good.id]
-    assert await case.journal.overlay(chat_id=CHAT) == [poison, good]
+    assert await case.journal.overlay("chat_id", CHAT) == [poison, good]
     (entry,) = await case.journal.aside(10)
     assert (entry.record, entry.poison, entry.tries) == (poison, "has a ? in it", 1)
 
@@ -156,7 +156,7 @@ async def test_a_record_set_aside_is_out_of_the_way_but_neither_lost_nor_hidden(
 
 async def test_a_row_that_cannot_be_read_is_set_aside_and_blocks_nothing(case: Case) -> None:
     first, second, third = said(), said(), said()
-    await case.journal.append([first, second, third])
+    await case.journal.add([first, second, third])
     case.alter("UPDATE records SET data = '{' WHERE id = ?", first.id)
     case.alter("UPDATE records SET kind = 'hologram' WHERE id = ?", second.id)
 
@@ -164,23 +164,20 @@ async def test_a_row_that_cannot_be_read_is_set_aside_and_blocks_nothing(case: C
     assert (await case.journal.backlog()).poison == 2
 
 
-async def test_the_overlay_is_what_matches_all_that_is_asked(case: Case) -> None:
+async def test_the_overlay_is_of_an_owner_a_chat_or_a_row(case: Case) -> None:
     other = new_id()
     chat = Record.of(Chat(other, "somebody", 1, 1))
     mine, theirs = said(), said(chat_id=other, owner_id="somebody")
-    await case.journal.append([mine, chat, theirs])
+    await case.journal.add([mine, chat, theirs])
 
-    assert await case.journal.overlay() == [mine, chat, theirs]
-    assert await case.journal.overlay(owner_id="somebody") == [chat, theirs]
-    assert await case.journal.overlay(chat_id=other) == [chat, theirs]
-    assert await case.journal.overlay(chat_id=other, owner_id="local") == []
-    assert await case.journal.overlay(id=mine.id) == [mine]
-    assert await case.journal.overlay(id=mine.id, owner_id="somebody") == []
+    assert await case.journal.overlay("owner_id", "somebody") == [chat, theirs]
+    assert await case.journal.overlay("chat_id", other) == [chat, theirs]
+    assert await case.journal.overlay("id", mine.id) == [mine]
 
 
 async def test_a_chat_stays_readable_when_it_is_synced_until_it_is_forgotten(case: Case) -> None:
     chat, text, other = Record.of(Chat(CHAT, "local", 1, 1)), said("a secret sentence"), said(chat_id=new_id())
-    await case.journal.append([chat, text, other])
+    await case.journal.add([chat, text, other])
     await case.journal.mark_synced([entry.position for entry in await case.journal.unsynced(10)])
 
     assert await case.journal.kept(CHAT) == [chat, text]
@@ -199,16 +196,16 @@ async def test_a_chat_stays_readable_when_it_is_synced_until_it_is_forgotten(cas
 
 async def test_a_key_that_was_used_writes_nothing_and_gives_the_earlier_one(case: Case) -> None:
     first, second = said(), said()
-    assert await case.journal.append([first], key(run_id="run-1")) is None
-    assert await case.journal.append([second], key(run_id="run-2")) == key(run_id="run-1")
+    assert (await case.journal.add([first], key(run_id="run-1"))).earlier is None
+    assert (await case.journal.add([second], key(run_id="run-2"))).earlier == key(run_id="run-1")
 
     assert await case.waiting() == [first.id]
     assert await case.journal.find_key("local", "k") == key(run_id="run-1")
 
 
 async def test_keys_belong_to_their_owner(case: Case) -> None:
-    assert await case.journal.append([said()], key(owner_id="one")) is None
-    assert await case.journal.append([said()], key(owner_id="two")) is None
+    assert (await case.journal.add([said()], key(owner_id="one"))).earlier is None
+    assert (await case.journal.add([said()], key(owner_id="two"))).earlier is None
     assert await case.journal.find_key("three", "k") is None
 
 
@@ -218,8 +215,8 @@ async def test_of_many_appends_with_one_key_exactly_one_wins(case: Case) -> None
         await other.open()
     try:
         journals = [case.journal, *others]
-        races = [journals[number % 4].append([said()], key(run_id=f"run-{number}")) for number in range(40)]
-        results = await asyncio.gather(*races)
+        races = [journals[number % 4].add([said()], key(run_id=f"run-{number}")) for number in range(40)]
+        results = [added.earlier for added in await asyncio.gather(*races)]
     finally:
         for other in others:
             await other.close()
@@ -249,7 +246,7 @@ async def main(path, name, count):
     sys.stdin.readline()
     for number in range(count):
         record = Record.of(Message(new_id(), new_id(), "local", Role.USER, f"{name} {number}", 1))
-        earlier = await journal.append([record], Key("local", f"k{number}", "f", name))
+        earlier = (await journal.add([record], Key("local", f"k{number}", "f", name))).earlier
         print(number, name if earlier is None else earlier.run_id, record.id, flush=True)
     await journal.close()
 
@@ -311,16 +308,16 @@ async def test_of_two_processes_that_looked_at_a_chat_one_begins_a_run(case: Cas
 
 async def test_what_an_earlier_run_still_says_is_no_new_one(case: Case) -> None:
     run = new_run(chat_id=CHAT)
-    await case.journal.append([Record.of(run)])
+    await case.journal.add([Record.of(run)])
     look = await case.journal.look(CHAT)
-    await case.journal.append([Record.of(run.started(1, 2)), said(), Record.of(new_run())])
+    await case.journal.add([Record.of(run.started(1, 2)), said(), Record.of(new_run())])
     assert (await case.journal.add([said()], None, look)).positions
 
 
 async def test_the_same_key_is_told_before_the_chat_is_busy(case: Case) -> None:
     look = await case.journal.look(CHAT)
     run = new_run(chat_id=CHAT)
-    assert await case.journal.append([Record.of(run)], key(run_id=run.id)) is None
+    assert (await case.journal.add([Record.of(run)], key(run_id=run.id))).earlier is None
     earlier = (await case.journal.add([Record.of(new_run(chat_id=CHAT))], key(), look)).earlier
     assert earlier is not None
     assert earlier.run_id == run.id
@@ -328,12 +325,12 @@ async def test_the_same_key_is_told_before_the_chat_is_busy(case: Case) -> None:
 
 async def test_unfinished_runs_are_those_whose_newest_record_has_no_end(case: Case) -> None:
     queued, running, ended = new_run(), new_run(), new_run()
-    await case.journal.append([Record.of(run) for run in (queued, running, ended)])
+    await case.journal.add([Record.of(run) for run in (queued, running, ended)])
     again = ended.started(1, 2)
-    await case.journal.append([Record.of(running.started(1, 2)), Record.of(again)])
-    await case.journal.append([Record.of(again.ended(RunState.DONE, 3))])
+    await case.journal.add([Record.of(running.started(1, 2)), Record.of(again)])
+    await case.journal.add([Record.of(again.ended(RunState.DONE, 3))])
     # Journalled a second time, as after a store that went away: one run all the same.
-    await case.journal.append([Record.of(queued)])
+    await case.journal.add([Record.of(queued)])
     assert await case.journal.unfinished(older_than=60, limit=10) == []
     case.clock.advance(61)
     found = await case.journal.unfinished(older_than=60, limit=10)
@@ -384,7 +381,7 @@ async def test_wishes_are_read_by_run_become_promises_or_go_and_do_not_outlive_t
 
 async def test_a_file_of_the_first_layout_is_taken_over(case: Case) -> None:
     record = said()
-    await case.journal.append([record])
+    await case.journal.add([record])
     await case.journal.close()
     case.alter("DROP TABLE cancels")
     case.alter("DROP TABLE wishes")
@@ -396,7 +393,7 @@ async def test_a_file_of_the_first_layout_is_taken_over(case: Case) -> None:
         assert await later.cancels(10) == ["run"]
         await later.note_wish("run", "me")
         assert await later.wishes(10) == [("run", "me")]
-        assert ids(await later.overlay()) == [record.id]
+        assert ids(await later.overlay("id", record.id)) == [record.id]
     finally:
         await later.close()
 
@@ -437,7 +434,7 @@ async def test_appends_that_wait_together_share_commits(case: Case) -> None:
             else None
         )
     )
-    await asyncio.gather(*(case.journal.append([said(), said()]) for _ in range(200)))
+    await asyncio.gather(*(case.journal.add([said(), said()]) for _ in range(200)))
 
     assert sum(records) == 400
     assert len(commits) < 100
@@ -452,13 +449,13 @@ async def test_one_bad_append_of_a_group_fails_alone_and_whole(case: Case) -> No
     bad = Record(record.kind, record.id, 2**70, record.owner_id, record.chat_id, record.data)
 
     results = await asyncio.gather(
-        *(case.journal.append([one]) for one in good[:10]),
-        case.journal.append([half, bad], key()),
-        *(case.journal.append([one]) for one in good[10:]),
+        *(case.journal.add([one]) for one in good[:10]),
+        case.journal.add([half, bad], key()),
+        *(case.journal.add([one]) for one in good[10:]),
         return_exceptions=True,
     )
 
-    assert [type(result) for result in results if result is not None] == [RecordRefused]
+    assert [type(result) for result in results if not isinstance(result, Added)] == [RecordRefused]
     assert sorted(await case.waiting()) == sorted(ids(good))
     assert await case.journal.find_key("local", "k") is None
 
@@ -466,15 +463,15 @@ async def test_one_bad_append_of_a_group_fails_alone_and_whole(case: Case) -> No
 async def test_data_that_is_no_json_is_refused_before_it_is_queued(case: Case) -> None:
     record = said()
     with pytest.raises(RecordRefused, match="cannot be written as JSON"):
-        await case.journal.append([Record(record.kind, record.id, 0, "local", CHAT, {"content": object()})])
+        await case.journal.add([Record(record.kind, record.id, 0, "local", CHAT, {"content": object()})])
     with pytest.raises(RecordRefused, match="cannot be written as JSON"):
-        await case.journal.append([said("half a pair: \ud800")])
+        await case.journal.add([said("half a pair: \ud800")])
     assert await case.waiting() == []
 
 
 async def test_text_that_postgresql_refuses_is_kept_all_the_same(case: Case) -> None:
     record = said("nul: \0")
-    await case.journal.append([record])
+    await case.journal.add([record])
     assert (await case.journal.unsynced(1))[0].record == record
 
 
@@ -483,11 +480,11 @@ async def test_text_that_postgresql_refuses_is_kept_all_the_same(case: Case) -> 
 
 async def test_a_full_disk_is_said_keeps_what_was_there_and_heals(case: Case) -> None:
     kept = said("kept")
-    await case.journal.append([kept])
+    await case.journal.add([kept])
     await case.limit(1)
 
     with pytest.raises(JournalUnavailable, match="Free space") as caught:
-        await case.journal.append([said("x" * 100_000)], key())
+        await case.journal.add([said("x" * 100_000)], key())
     assert caught.value.code == "storage_full"
     assert await case.waiting() == [kept.id]
     assert await case.journal.find_key("local", "k") is None
@@ -499,19 +496,19 @@ async def test_a_full_disk_is_said_keeps_what_was_there_and_heals(case: Case) ->
     await case.journal.check()
     assert await case.waiting() == [kept.id]
     later = said("x" * 100_000)
-    assert await case.journal.append([later], key()) is None
+    assert (await case.journal.add([later], key())).earlier is None
     assert await case.waiting() == [kept.id, later.id]
 
 
 async def test_prune_deletes_what_was_synced_long_ago_and_shrinks_the_file(case: Case) -> None:
-    await case.journal.append([said("x" * 2000) for _ in range(2500)], key("old"))
+    await case.journal.add([said("x" * 2000) for _ in range(2500)], key("old"))
     while entries := await case.journal.unsynced(1000):
         await case.journal.mark_synced([entry.position for entry in entries])
     case.clock.advance(100)
     recent, waiting = said("recent"), said("waiting")
-    await case.journal.append([recent], key("new"))
+    await case.journal.add([recent], key("new"))
     await case.journal.mark_synced([entry.position for entry in await case.journal.unsynced(10)])
-    await case.journal.append([waiting])
+    await case.journal.add([waiting])
     # The write-ahead log goes into the file, so that its size tells something.
     await case.journal._writer.submit(lambda c: c.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE), alone=True)
     before = case.path.stat().st_size
@@ -528,7 +525,7 @@ async def test_prune_deletes_what_was_synced_long_ago_and_shrinks_the_file(case:
 
 async def test_prune_keeps_the_key_of_a_run_that_is_nowhere_else(case: Case) -> None:
     record = said()
-    await case.journal.append([record], key(run_id=record.id))
+    await case.journal.add([record], key(run_id=record.id))
     case.clock.advance(100)
 
     assert await case.journal.prune(case.clock.now_ms()) == 0
@@ -537,7 +534,7 @@ async def test_prune_keeps_the_key_of_a_run_that_is_nowhere_else(case: Case) -> 
 
 
 async def test_positions_are_not_given_twice_after_a_prune(case: Case) -> None:
-    await case.journal.append([said()])
+    await case.journal.add([said()])
     (entry,) = await case.journal.unsynced(1)
     await case.journal.mark_synced([entry.position])
     await case.journal.prune(case.clock.now_ms() + 1)
@@ -547,7 +544,7 @@ async def test_positions_are_not_given_twice_after_a_prune(case: Case) -> None:
 
 async def test_the_write_ahead_log_stays_bounded(case: Case) -> None:
     for _ in range(60):
-        await case.journal.append([said("x" * 10_000) for _ in range(100)])
+        await case.journal.add([said("x" * 10_000) for _ in range(100)])
     assert case.path.with_name("journal.db-wal").stat().st_size < 32 * 1024 * 1024
 
 
@@ -555,7 +552,7 @@ async def test_the_write_ahead_log_stays_bounded(case: Case) -> None:
 
 
 async def test_folder_and_files_are_for_their_owner_only(case: Case) -> None:
-    await case.journal.append([said()])
+    await case.journal.add([said()])
     assert stat.S_IMODE(case.path.parent.stat().st_mode) == 0o700
     files = list(case.path.parent.iterdir())
     assert {file.name for file in files} == {"journal.db", "journal.db-wal", "journal.db-shm"}
@@ -569,7 +566,7 @@ async def test_commits_are_synced_to_the_disk(case: Case) -> None:
 
 async def test_a_journal_that_is_opened_again_has_what_it_had(case: Case) -> None:
     record = said()
-    await case.journal.append([record], key())
+    await case.journal.add([record], key())
     await case.journal.close()
     await case.journal.close()
     await case.journal.open()
@@ -581,7 +578,7 @@ async def test_a_journal_that_is_opened_again_has_what_it_had(case: Case) -> Non
 async def test_a_journal_that_is_not_open_says_so(tmp_path: Path) -> None:
     case = Case(tmp_path / "journal.db")
     with pytest.raises(JournalUnavailable, match="not open") as caught:
-        await case.journal.append([said()])
+        await case.journal.add([said()])
     assert caught.value.code == "journal_closed"
 
 
@@ -595,7 +592,7 @@ async def refused(case: Case) -> JournalUnavailable:
 
 
 async def filled(case: Case) -> Path:
-    await case.journal.append([said("x" * 2000) for _ in range(100)])
+    await case.journal.add([said("x" * 2000) for _ in range(100)])
     await case.journal.close()
     return case.path
 
@@ -623,7 +620,7 @@ async def test_a_file_with_a_damaged_page_is_refused_and_left_alone(case: Case) 
 async def test_what_can_be_read_of_a_damaged_file_is_salvaged_and_the_file_is_kept(case: Case) -> None:
     records = [said(f"number {number} " + "x" * 3000) for number in range(60)]
     for number, record in enumerate(records):
-        await case.journal.append([record], key(str(number)))
+        await case.journal.add([record], key(str(number)))
     await case.journal.note_cancel("run")
     await case.journal.note_wish("run", "me")
     await case.journal.mark_synced([1, 2])
@@ -662,7 +659,7 @@ async def test_what_can_be_read_of_a_damaged_file_is_salvaged_and_the_file_is_ke
 
 async def test_a_row_that_is_not_whole_is_left_out_of_what_is_salvaged_and_named(case: Case) -> None:
     records = [said() for _ in range(5)]
-    await case.journal.append(records)
+    await case.journal.add(records)
     await case.journal.close()
     # What damage in a row's header looks like, which says of each column whether it is NULL.
     schema = (
@@ -700,7 +697,7 @@ def test_each_trouble_says_what_it_is(code: str, status: int, title: str, retrya
 
 
 async def test_a_cleared_journal_knows_nothing_and_gives_no_position_twice(case: Case) -> None:
-    await case.journal.append([said("waits")], key("1"))
+    await case.journal.add([said("waits")], key("1"))
     positions = (await case.journal.add([said("is synced")])).positions
     await case.journal.mark_synced(positions)
     await case.journal.note_cancel("run")
@@ -714,12 +711,12 @@ async def test_a_cleared_journal_knows_nothing_and_gives_no_position_twice(case:
 
 
 async def test_a_journal_in_use_is_not_salvaged(case: Case) -> None:
-    await case.journal.append([said()])
+    await case.journal.add([said()])
     before = sorted(path.name for path in case.path.parent.iterdir())
     with pytest.raises(JournalBusy, match="Stop every server"):
         await asyncio.to_thread(salvage, case.path, "now")
     assert sorted(path.name for path in case.path.parent.iterdir()) == before
-    await case.journal.append([said()])
+    await case.journal.add([said()])
 
 
 async def test_a_file_of_which_nothing_can_be_read_stays_where_it_is(case: Case) -> None:
@@ -740,7 +737,7 @@ async def test_a_truncated_file_is_refused_and_left_alone(case: Case) -> None:
 
 async def test_an_emptied_file_is_refused_and_salvaged_from_its_write_ahead_log(case: Case) -> None:
     records = [said(str(number)) for number in range(20)]
-    await case.journal.append(records)
+    await case.journal.add(records)
     # As they are while it is open: once it is closed, the log is in the file.
     log = case.path.with_name("journal.db-wal").read_bytes()
     await case.journal.close()
@@ -768,7 +765,7 @@ async def test_an_empty_file_is_no_new_journal(case: Case) -> None:
 
 
 async def test_a_write_ahead_log_that_cannot_be_read_is_not_ignored(case: Case) -> None:
-    await case.journal.append([said()])
+    await case.journal.add([said()])
     log = bytearray(case.path.with_name("journal.db-wal").read_bytes())
     await case.journal.close()
     log[:32] = b"\xff" * 32
@@ -781,7 +778,7 @@ async def test_a_write_ahead_log_that_cannot_be_read_is_not_ignored(case: Case) 
 async def cut_off(case: Case, records: Sequence[Record]) -> bytes:
     """The journal as a power failure leaves it, each record with a commit of its own. Gives the write-ahead log."""
     for record in records:
-        await case.journal.append([record])
+        await case.journal.add([record])
     file, log = case.content(), case.path.with_name("journal.db-wal").read_bytes()
     await case.journal.close()
     case.path.write_bytes(file)
@@ -909,11 +906,11 @@ async def test_an_sqlite_with_the_lost_commit_fault_is_refused(tmp_path: Path, m
 
 
 async def test_nothing_is_acknowledged_into_a_file_that_was_moved_away(case: Case) -> None:
-    await case.journal.append([said()])
+    await case.journal.add([said()])
     case.path.rename(case.path.with_name("aside.db"))
 
     with pytest.raises(JournalUnavailable) as caught:
-        await case.journal.append([said()])
+        await case.journal.add([said()])
     assert caught.value.code == "journal_moved"
 
 
@@ -923,28 +920,28 @@ async def test_a_process_that_holds_the_file_for_too_long_is_named(case: Case, m
     holder.execute("BEGIN IMMEDIATE")
 
     with pytest.raises(JournalUnavailable, match="Another process") as caught:
-        await case.journal.append([said()])
+        await case.journal.add([said()])
     assert caught.value.code == "journal_busy"
 
     holder.execute("ROLLBACK")
     holder.close()
     record = said()
-    await case.journal.append([record])
+    await case.journal.add([record])
     assert await case.waiting() == [record.id]
 
 
 async def test_a_child_after_a_fork_is_told_to_open_its_own(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getpid", lambda: -1)
     with pytest.raises(RuntimeError, match="before a fork"):
-        await case.journal.append([said()])
+        await case.journal.add([said()])
 
 
 async def test_an_append_whose_caller_gave_up_disturbs_nobody(case: Case) -> None:
     given_up, waited_for = said(), said()
-    task = asyncio.create_task(case.journal.append([given_up]))
+    task = asyncio.create_task(case.journal.add([given_up]))
     await asyncio.sleep(0)
     task.cancel()
-    await case.journal.append([waited_for])
+    await case.journal.add([waited_for])
 
     assert task.cancelled() or task.cancelling()
     assert await case.waiting() == [given_up.id, waited_for.id]

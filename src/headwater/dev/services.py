@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from headwater.dev.child import STOP_TIMEOUT, Child, ServiceFailed, end_leftover
-from headwater.settings import child_environment
 
 __all__ = ["Postgres", "Redis", "ServiceFailed", "free_port"]
 
@@ -62,18 +61,6 @@ class Postgres(Child):
         self._spawn([str(bin_dir / "postgres"), "-D", str(self.data_dir), *arguments], uid, death=signal.SIGINT)
         probe = [str(bin_dir / "pg_isready"), "-q", "-h", str(self._socket_dir)]
         self._await(lambda: subprocess.run(probe, check=False).returncode == 0, "PostgreSQL")
-
-    def create_database(self, name: str = "headwater") -> None:
-        """Make the database unless it exists. Raises ServiceFailed."""
-        made = subprocess.run(
-            [str(_postgres_bin() / "createdb"), "-h", str(self._socket_dir), "-U", "postgres", name],
-            env=child_environment(LC_ALL="C"),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if made.returncode != 0 and "already exists" not in made.stderr:
-            raise ServiceFailed(f"The database {name} cannot be made: {made.stderr.strip()}")
 
     def stop(self, timeout: float = STOP_TIMEOUT) -> None:
         self._stop(signal.SIGINT, timeout)

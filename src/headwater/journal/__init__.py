@@ -19,11 +19,11 @@ from headwater.errors import ChatBusy, JournalUnavailable
 from headwater.journal import rows
 from headwater.journal.file import JournalFile
 from headwater.journal.lane import Lane, Work
-from headwater.journal.rows import STEP, Added, Alone, Entry, Key, Wish
+from headwater.journal.rows import STEP, Added, Alone, Entry, Field, Key, Wish
 from headwater.records import Record
 from headwater.telemetry import Telemetry
 
-__all__ = ["Added", "Alone", "Backlog", "Entry", "Journal", "Key", "Wish"]
+__all__ = ["Added", "Alone", "Backlog", "Entry", "Field", "Journal", "Key", "Wish"]
 
 logger = logging.getLogger(__name__)
 
@@ -74,14 +74,6 @@ class Journal:
 
     # --- writing ---------------------------------------------------------------------------------
 
-    async def append(self, records: Sequence[Record], key: Key | None = None) -> Key | None:
-        """Make the records durable, all or none. When it returns they survive a power cut.
-
-        If the owner used `key` before, nothing is written and the earlier Key is returned. Raises
-        JournalUnavailable (`storage_full` when the disk is) and RecordRefused.
-        """
-        return (await self.add(records, key)).earlier
-
     async def add(
         self,
         records: Sequence[Record],
@@ -89,10 +81,12 @@ class Journal:
         alone: Alone | None = None,
         cancels: Sequence[str] = (),
     ) -> Added:
-        """`append` that tells the positions as well, and that notes the wish to cancel these runs in the same step.
+        """Make the records durable, all or none, and in the same step the cancels of these runs.
 
-        With `alone` it looks once more, in the transaction that writes: when a run has begun in the
-        chat since, in whatever process, it writes nothing and raises ChatBusy.
+        When it returns they survive a power cut. If the owner used `key` before, nothing is written and the earlier
+        Key is returned. With `alone` it looks once more, in the transaction that writes: when a run has begun in the
+        chat since, in whatever process, it writes nothing and raises ChatBusy. Raises JournalUnavailable
+        (`storage_full` when the disk is) and RecordRefused.
         """
         at = self._clock.now_ms()
         # Encoded here: what cannot be encoded must not reach the group that others share.
@@ -198,21 +192,10 @@ class Journal:
         """Records that were set aside, with the reasons, oldest first. Those that cannot be read are left out."""
         return rows.read(await self._reader.submit(lambda connection: rows.aside(connection, limit)))[0]
 
-    async def overlay(
-        self,
-        *,
-        owner_id: str | None = None,
-        chat_id: str | None = None,
-        id: str | None = None,  # noqa: A002 - the field's name
-    ) -> list[Record]:
+    async def overlay(self, field: Field, value: str) -> list[Record]:
         """Records that are not in the store, also those set aside, oldest first: what a reader lays over its rows."""
-        found = await self._reader.submit(lambda connection: rows.unsynced_of(connection, owner_id, chat_id, id))
-        records = [entry.record for entry in rows.read(found)[0]]
-        return [
-            record
-            for record in records
-            if owner_id in (None, record.owner_id) and chat_id in (None, record.chat_id) and id in (None, record.id)
-        ]
+        found = await self._reader.submit(lambda connection: rows.unsynced_of(connection, field, value))
+        return [entry.record for entry in rows.read(found)[0]]
 
     async def look(self, chat_id: str) -> Alone:
         """For `add`. Asked for before the look at the chat, so that nothing that comes during it is overlooked."""

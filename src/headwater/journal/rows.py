@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import apsw
 import orjson
@@ -20,47 +20,26 @@ STEP: Final = 1000
 #: Bytes that must find room again after a write that found none.
 ROOM: Final = 64 * 1024
 
+#: What records are asked for by.
+Field = Literal["id", "chat_id", "owner_id"]
 #: A run, and who wants it cancelled without having been found to own it.
 Wish = tuple[str, str]
 
+_ENTRIES: Final = "SELECT position, kind, id, version, owner_id, chat_id, data, at, tries, poison FROM records"
 _INSERT: Final = "INSERT INTO records (kind, id, version, owner_id, chat_id, data, at) VALUES (?, ?, ?, ?, ?, ?, ?)"
 _FIND_KEY: Final = "SELECT owner_id, key, fingerprint, run_id, message_id FROM keys WHERE owner_id = ? AND key = ?"
 _INSERT_KEY: Final = "INSERT INTO keys (owner_id, key, fingerprint, run_id, message_id, at) VALUES (?, ?, ?, ?, ?, ?)"
 _MARK: Final = "UPDATE records SET synced_at = ?, poison = NULL WHERE position = ? AND synced_at IS NULL"
 _SET_ASIDE: Final = "UPDATE records SET poison = ?, tries = tries + 1 WHERE position = ? AND synced_at IS NULL"
 _PUT_BACK: Final = "UPDATE records SET poison = NULL WHERE poison IS NOT NULL AND synced_at IS NULL AND tries < ?"
-_WAITING: Final = """
-    SELECT position, kind, id, version, owner_id, chat_id, data, at, tries, poison FROM records
-    WHERE synced_at IS NULL AND poison IS NULL ORDER BY position LIMIT ?
-"""
-_ASIDE: Final = """
-    SELECT position, kind, id, version, owner_id, chat_id, data, at, tries, poison FROM records
-    WHERE poison IS NOT NULL ORDER BY position LIMIT ?
-"""
-_OF_ID: Final = """
-    SELECT position, kind, id, version, owner_id, chat_id, data, at, tries, poison FROM records
-    WHERE synced_at IS NULL AND id = ? ORDER BY position
-"""
-_OF_CHAT: Final = """
-    SELECT position, kind, id, version, owner_id, chat_id, data, at, tries, poison FROM records
-    WHERE synced_at IS NULL AND chat_id = ? ORDER BY position
-"""
-_OF_OWNER: Final = """
-    SELECT position, kind, id, version, owner_id, chat_id, data, at, tries, poison FROM records
-    WHERE synced_at IS NULL AND owner_id = ? ORDER BY position
-"""
-_OF_ALL: Final = """
-    SELECT position, kind, id, version, owner_id, chat_id, data, at, tries, poison FROM records
-    WHERE synced_at IS NULL ORDER BY position
-"""
-_KEPT: Final = """
-    SELECT position, kind, id, version, owner_id, chat_id, data, at, tries, poison FROM records
-    WHERE chat_id = ? ORDER BY position
-"""
-_KEPT_CHATS: Final = """
-    SELECT position, kind, id, version, owner_id, chat_id, data, at, tries, poison FROM records
-    WHERE owner_id = ? AND kind = 'chat' ORDER BY position
-"""
+_WAITING: Final = f"{_ENTRIES} WHERE synced_at IS NULL AND poison IS NULL ORDER BY position LIMIT ?"
+_ASIDE: Final = f"{_ENTRIES} WHERE poison IS NOT NULL ORDER BY position LIMIT ?"
+_UNSYNCED: Final = {
+    field: f"{_ENTRIES} WHERE synced_at IS NULL AND {field} = ? ORDER BY position"
+    for field in ("id", "chat_id", "owner_id")
+}
+_KEPT: Final = f"{_ENTRIES} WHERE chat_id = ? ORDER BY position"
+_KEPT_CHATS: Final = f"{_ENTRIES} WHERE owner_id = ? AND kind = 'chat' ORDER BY position"
 _TAKE_BACK: Final = "DELETE FROM records WHERE position = ?"
 _NEWEST: Final = "SELECT max(position) FROM records WHERE chat_id = ?"
 # Version 0: queued for the first time. What an earlier run still says about itself is no new one.
@@ -68,15 +47,15 @@ _BEGUN: Final = """
     SELECT id FROM records WHERE chat_id = ? AND position > ? AND kind = 'run' AND version = 0 ORDER BY position LIMIT 1
 """
 # Queued and running are the lowest two ranks of an attempt.
-_UNFINISHED: Final = """
-    SELECT position, kind, id, version, owner_id, chat_id, data, at, tries, poison FROM records AS newest
+_UNFINISHED: Final = f"""
+    {_ENTRIES} AS newest
     WHERE synced_at IS NULL AND kind = 'run' AND at < ? AND version % 4 < 2 AND NOT EXISTS (
         SELECT 1 FROM records AS newer
         WHERE newer.id = newest.id AND newer.synced_at IS NULL
         AND (newer.version, newer.position) > (newest.version, newest.position)
     )
     ORDER BY position LIMIT ? OFFSET ?
-"""
+"""  # noqa: S608 - fixed words
 _NOTE_CANCEL: Final = "INSERT OR IGNORE INTO cancels (run_id, at) VALUES (?, ?)"
 _CANCELS: Final = "SELECT run_id FROM cancels WHERE run_id > ? ORDER BY run_id LIMIT ?"
 _DROP_CANCEL: Final = "DELETE FROM cancels WHERE run_id = ?"
@@ -246,17 +225,8 @@ def aside(connection: apsw.Connection, limit: int) -> list[Any]:
     return connection.execute(_ASIDE, (limit,)).fetchall()
 
 
-def unsynced_of(
-    connection: apsw.Connection, owner_id: str | None, chat_id: str | None, row_id: str | None
-) -> list[Any]:
-    """By the narrowest of the three; the others still have to be looked at."""
-    if row_id is not None:
-        return connection.execute(_OF_ID, (row_id,)).fetchall()
-    if chat_id is not None:
-        return connection.execute(_OF_CHAT, (chat_id,)).fetchall()
-    if owner_id is not None:
-        return connection.execute(_OF_OWNER, (owner_id,)).fetchall()
-    return connection.execute(_OF_ALL).fetchall()
+def unsynced_of(connection: apsw.Connection, field: Field, value: str) -> list[Any]:
+    return connection.execute(_UNSYNCED[field], (value,)).fetchall()
 
 
 def kept(connection: apsw.Connection, chat_id: str) -> list[Any]:
