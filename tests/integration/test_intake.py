@@ -628,6 +628,24 @@ async def test_a_title_that_postgresql_took_is_taken_though_the_journal_is_full(
     assert (await house.reading.get_chat(ME, chat.id)).chat.title == "My trip"
 
 
+async def test_a_deletion_that_broke_off_is_ended_when_it_is_asked_for_again(house: House) -> None:
+    chat = await house.intake.create_chat(ME)
+    await synced(house)
+    forget = house.journal.forget
+
+    async def full(chat_id: str) -> int:
+        raise unavailable("The journal cannot grow.", "storage_full")
+
+    house.journal.forget = full  # type: ignore[method-assign]
+    with pytest.raises(JournalUnavailable):
+        await house.intake.delete_chat(ME, chat.id)
+    house.journal.forget = forget  # type: ignore[method-assign]
+    for caller, left in ((STRANGER, 1), (ME, 0)):
+        with pytest.raises(NotFound):
+            await house.intake.delete_chat(caller, chat.id)
+        assert len(await house.journal.kept(chat.id)) == left
+
+
 async def test_deleting_a_chat_stops_its_answer_and_removes_every_trace(house: House, database_url: str) -> None:
     chat = await house.intake.create_chat(ME)
     old = await house.intake.send(ME, chat.id, "old")

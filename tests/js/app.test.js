@@ -185,6 +185,13 @@ test("an answer that the server no longer knows is over on the page as well, and
   assert.equal(app.shown.messages.get("a").error.code, "not_found");
 });
 
+test("a chat that is gone already is deleted", async (t) => {
+  const app = page(t);
+  app.chats.put({ id: CHAT, title: "Gone", updated_at: "2026-01-01T00:00:00Z" });
+  await app.remove(CHAT);
+  assert.deepEqual([app.trouble, app.chats.get(CHAT)], [null, undefined]);
+});
+
 test("a request that gets no answer is given up and sent again", async (t) => {
   const wait = globalThis.setTimeout;
   t.mock.method(AbortSignal, "timeout", () => {

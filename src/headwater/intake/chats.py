@@ -6,7 +6,7 @@ import logging
 from typing import Final
 
 from headwater.access import Caller
-from headwater.errors import JournalUnavailable, LogUnavailable
+from headwater.errors import JournalUnavailable, LogUnavailable, NotFound
 from headwater.ids import new_id
 from headwater.intake import checks
 from headwater.intake.parts import Locks, Parts
@@ -68,8 +68,14 @@ class ChatVerbs:
         async with self._locks.of(chat_id):
             await parts.overlay.carry_over(chat_id)
             # Whose it is, and that PostgreSQL is there, before anything is stopped.
-            async with parts.absence.doubted(chat_id):
-                await parts.store.chats.get(caller.owner_id, chat_id)
+            try:
+                async with parts.absence.doubted(chat_id):
+                    await parts.store.chats.get(caller.owner_id, chat_id)
+            except NotFound:
+                if await parts.store.chats.deleted(caller.owner_id, chat_id):
+                    # The deletion that went before may not have come as far as here.
+                    await parts.journal.forget(chat_id)
+                raise
             await self._stop(caller, chat_id)
             said = await parts.store.chats.messages(caller.owner_id, chat_id)
             await parts.store.chats.delete(caller.owner_id, chat_id, parts.clock.now_ms())

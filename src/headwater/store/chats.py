@@ -39,6 +39,10 @@ def _is(owner_id: Any, chat_id: Any) -> Any:
     return and_(chats.c.id == chat_id, chats.c.owner_id == owner_id, chats.c.deleted_at.is_(None))
 
 
+def _was(owner_id: Any, chat_id: Any) -> Any:
+    return and_(chats.c.id == chat_id, chats.c.owner_id == owner_id, chats.c.deleted_at.is_not(None))
+
+
 _LOCKED: Final = Statement.of(
     select(chats).where(_is(bindparam("owner_id"), bindparam("chat_id"))).with_for_update(key_share=True)
 )
@@ -92,6 +96,11 @@ class Chats:
         statement = select(chats.c.id).where(chats.c.id == chat_id)
         return bool(await self._database.run(lambda connection: _all(connection, statement)))
 
+    async def deleted(self, owner_id: str, chat_id: str) -> bool:
+        """Whether the owner had such a chat and deleted it."""
+        statement = select(chats.c.id).where(_was(owner_id, chat_id))
+        return bool(await self._database.run(lambda connection: _all(connection, statement)))
+
     async def rename(self, owner_id: str, chat_id: str, title: str, at: int) -> Chat:
         """Give a chat a title, which from then on no record replaces. `at` in Unix ms. Raises NotFound."""
         if not is_id(chat_id):
@@ -122,9 +131,7 @@ class Chats:
             .values(title=None, deleted_at=to_datetime(at), version=chats.c.version + 1)
             .returning(chats.c.id)
         )
-        dead = select(chats.c.id).where(
-            chats.c.id == chat_id, chats.c.owner_id == owner_id, chats.c.deleted_at.is_not(None)
-        )
+        dead = select(chats.c.id).where(_was(owner_id, chat_id))
         # The tombstone's row lock holds off records on their way, so no message can come in behind these.
         rest = [delete(table).where(table.c.chat_id.in_(dead)) for table in (messages, runs)]
         buried, *_ = await self._database.fly(*map(Statement.of, (tombstone, *rest)))
