@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import Any
 
 import pytest
-from playwright.async_api import expect
+from playwright.async_api import Route, expect
 
 from browser.conftest import Visit
 from browser.visitor import Visitor
@@ -118,7 +119,6 @@ async def test_the_focus_is_always_visible(visitor: Visitor) -> None:
 async def test_chats_are_renamed_found_and_deleted(visitor: Visitor) -> None:
     await visitor.ask("Quokka facts")
     await visitor.finished()
-    await visitor.chat("Quokka facts").hover()
     await visitor.press("Rename Quokka facts")
     await visitor.page.get_by_label("Title of the chat").fill("Small marsupials")
     await visitor.page.keyboard.press("Enter")
@@ -126,7 +126,6 @@ async def test_chats_are_renamed_found_and_deleted(visitor: Visitor) -> None:
     await expect(visitor.page.get_by_role("heading", level=1)).to_have_text("Small marsupials")
     await visitor.page.get_by_role("searchbox").fill("MARSUP")
     await expect(visitor.page.locator(".chat")).to_have_count(1)
-    await visitor.chat("Small marsupials").hover()
     await visitor.press("Delete Small marsupials")
     await visitor.page.get_by_role("dialog").get_by_role("button", name="Keep it").click()
     await expect(visitor.chat("Small marsupials")).to_have_count(1)
@@ -139,7 +138,6 @@ async def test_chats_are_renamed_found_and_deleted(visitor: Visitor) -> None:
 async def test_deleting_a_chat_that_answers_ends_it(visitor: Visitor) -> None:
     await visitor.ask("Doomed " + visitor.script("Never ", {"hang": True}))
     await visitor.reads("Never")
-    await visitor.chat("Doomed").hover()
     await visitor.press("Delete Doomed")
     await visitor.page.get_by_role("dialog").get_by_role("button", name="Delete", exact=True).click()
     await expect(visitor.chat("Doomed")).to_have_count(0)
@@ -209,6 +207,25 @@ async def test_the_end_is_followed_only_while_the_reader_is_there(visitor: Visit
     visitor.let("jumped")
     await expect(visitor.answer.get_by_text("The end", exact=True)).to_be_in_viewport()
     await expect(jump).to_have_count(0)
+
+
+async def test_what_is_written_while_a_chat_cannot_be_begun_is_kept_beside_what_was_sent(visit: Visit) -> None:
+    visitor = await visit()
+    refuse = asyncio.Event()
+
+    async def begin(route: Route) -> None:
+        await refuse.wait()
+        await route.fulfill(status=507, json={"code": "storage_full", "detail": "There is no room."})
+
+    await visitor.page.route("**/api/chats", begin)
+    field = visitor.page.get_by_label("Message", exact=True)
+    await field.fill("First")
+    await visitor.page.keyboard.press("Enter")
+    await expect(field).to_have_value("")
+    await field.fill("Second")
+    refuse.set()
+    await expect(visitor.page.get_by_text("There is no room.")).to_be_visible()
+    await expect(field).to_have_value("First\n\nSecond")
 
 
 async def test_the_demo_model_says_that_it_is_one(visit: Visit, make_stack: StackMaker) -> None:

@@ -43,7 +43,10 @@ export function Composer({ app }) {
     try {
       await app.send(content);
     } catch (failure) {
-      change(content);
+      // No chat was begun. Something else may have been written meanwhile, here or after going to another chat.
+      const kept = [content, draft(null)].filter(Boolean).join("\n\n");
+      if (app.current !== null) return saveDraft(null, kept);
+      change(kept);
       setError(failure);
     }
   };
