@@ -41,8 +41,9 @@ def read_note(folder: Path) -> Note | None:
 def settings_of_running(**changes: Any) -> Settings:
     """The settings; what they leave unset of the servers is taken from the `headwater up` on the same data folder.
 
-    Raises SettingsError.
+    Changes that are None do not count. Raises SettingsError.
     """
+    changes = {name: value for name, value in changes.items() if value is not None}
     settings = load_settings(**changes)
     if settings.redis_url and settings.database_url:
         return settings

@@ -233,6 +233,12 @@ class Settings(BaseSettings):
         # Child processes and unix sockets need a path that means the same everywhere.
         return value.expanduser().absolute() if value is not None else None
 
+    @field_validator("openai_api_key", "access_token", "redis_url", "database_url", mode="before")
+    @classmethod
+    def _trimmed(cls, value: Any) -> Any:
+        # A secret that comes from a file ends with a line break, which no header and no address has.
+        return value.strip() if isinstance(value, str) else value
+
     @field_validator("redis_url")
     @classmethod
     def _of_redis(cls, value: str | None) -> str | None:
@@ -342,5 +348,8 @@ def load_settings(**overrides: Any) -> Settings:
     try:
         return Settings(**overrides)
     except ValidationError as error:
-        lines = [f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()]
+        # What is wrong with several settings together names them itself.
+        lines = [
+            ": ".join((*map(str, item["loc"]), item["msg"].removeprefix("Value error, "))) for item in error.errors()
+        ]
         raise SettingsError("The configuration cannot work:\n  " + "\n  ".join(lines)) from None

@@ -132,3 +132,18 @@ def test_an_address_that_is_not_of_postgresql_is_refused_without_showing_it(
 def test_addresses_of_postgresql_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setenv("DATABASE_URL", url)
     assert load_settings().need_database() == url
+
+
+def test_a_secret_that_comes_with_a_line_break_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HEADWATER_ACCESS_TOKEN", "OPENAI_API_KEY"):
+        monkeypatch.setenv(name, "0123456789abcdef\n")
+    monkeypatch.setenv("DATABASE_URL", "postgresql://user@host/db\n")
+    settings = load_settings()
+    assert settings.need_database() == "postgresql://user@host/db"
+    assert settings.access_token is not None
+    assert settings.openai_api_key is not None
+    assert settings.access_token.get_secret_value() == settings.openai_api_key.get_secret_value() == "0123456789abcdef"
+    monkeypatch.setenv("HEADWATER_ACCESS_TOKEN", "too short" + " " * 16)
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    assert str(caught.value).splitlines()[1].startswith("  HEADWATER_ACCESS_TOKEN: needs 16 characters or more")

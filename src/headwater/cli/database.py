@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Final
 
 import typer
 
-from headwater.cli.shared import DataDir, Yes, settings_of_running
+from headwater.cli.shared import DataDir, Yes
 from headwater.errors import LogUnavailable, SettingsError
+from headwater.note import settings_of_running
 from headwater.settings import Settings
 
 if TYPE_CHECKING:

@@ -25,13 +25,6 @@ def settings_with(**changes: Any) -> Settings:
     return load_settings(**{name: value for name, value in changes.items() if value is not None})
 
 
-def settings_of_running(**changes: Any) -> Settings:
-    """The same, with the servers of the running `headwater up` where none are set. Raises SettingsError."""
-    from headwater import note
-
-    return note.settings_of_running(**{name: value for name, value in changes.items() if value is not None})
-
-
 def coloured(settings: Settings, stream: TextIO) -> bool:
     """Colour on a terminal only, and never against NO_COLOR."""
     return stream.isatty() and not settings.no_color

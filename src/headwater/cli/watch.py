@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from headwater.cli.shared import DataDir, coloured, settings_of_running
+from headwater.cli.shared import DataDir, coloured
 from headwater.errors import SettingsError
+from headwater.note import read_note, settings_of_running
 
 monitor = typer.Typer(help="Watch streams and tasks as they happen.", no_args_is_help=True)
 
@@ -65,7 +66,6 @@ def doctor(data_dir: DataDir = None) -> None:
     """
     from headwater.clock import SystemClock
     from headwater.doctor import Verdict, examine
-    from headwater.note import read_note
 
     settings = settings_of_running(data_dir=data_dir)
     colours = {Verdict.GOOD: "green", Verdict.WARN: "yellow", Verdict.BAD: "red"}
@@ -88,8 +88,6 @@ def env(data_dir: DataDir = None) -> None:
     embedded Redis's password in them. For another terminal than that of `headwater up`: where REDIS_URL is set, `up`
     starts no Redis of its own.
     """
-    from headwater.note import read_note
-
     settings = settings_of_running(data_dir=data_dir)
     note = read_note(settings.data_dir)
     if note is None:
