@@ -13,7 +13,7 @@ import html
 import mimetypes
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -48,7 +48,6 @@ class Page:
     body: bytes
     media_type: str
     csp: str = ""
-    headers: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def etag(self) -> str:
@@ -78,9 +77,7 @@ class Pages:
         self._pages["/"] = Page(index.body, index.media_type, page_csp(index.body))
         #: With places for `{message}`, `{role}` and `{invalid}`.
         self._form = self._pages.pop(f"{PREFIX}sign-in.html").body.decode()
-        for icon in ("favicon.ico", "favicon.svg"):
-            if PREFIX + icon in self._pages:
-                self._pages["/favicon.ico"] = self._pages[PREFIX + icon]
+        self._pages["/favicon.ico"] = self._pages[f"{PREFIX}favicon.svg"]
 
     def has(self, path: str) -> bool:
         return path in self._pages or path in {"/sign-in", "/sign-out"}
@@ -140,7 +137,6 @@ async def _file(page: Page, scope: Scope, send: Send, status: int = 200) -> None
         "etag": page.etag,
         "vary": "accept-encoding",
         **({"content-security-policy": page.csp} if page.csp else {}),
-        **page.headers,
     }
     body = page.body
     if status == 200 and page.etag in sent.get(b"if-none-match", ""):
@@ -172,7 +168,7 @@ def _only(method: str, *allowed: str) -> None:
 
 def _walk(folder: Traversable, prefix: str) -> list[tuple[str, Traversable]]:
     found: list[tuple[str, Traversable]] = []
-    for entry in folder.iterdir() if folder.is_dir() else ():
+    for entry in folder.iterdir():
         if entry.name.startswith((".", "__")):
             continue
         path = prefix + entry.name
