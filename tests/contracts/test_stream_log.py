@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
@@ -62,13 +63,30 @@ class TestClaim:
             await log.claim(run, "two")
         assert 0 < refused.value.extra["left"] <= 10_000
 
-    async def test_the_same_holder_gets_a_further_attempt(self, log: StreamLog) -> None:
+    async def test_the_holder_that_asks_again_gets_the_same_attempt(self, log: StreamLog) -> None:
+        # The reply was lost: nobody has worked on it or died in between.
         run = new_run()
         first = await log.claim(run, "one")
+        assert await log.claim(run, "one") == first
+        await log.append(first, numbered(1, 1))
+        with pytest.raises(LeaseHeld):
+            await log.claim(run, "two")
+
+    async def test_the_holder_that_asks_again_after_its_lease_gets_a_further_attempt(self, world: World) -> None:
+        log, run = world.another(lease_seconds=SHORT), new_run()
+        first = await log.claim(run, "one")
+        await world.lease_runs_out(run.id)
         second = await log.claim(run, "one")
         assert (second.attempt, second.epoch) == (2, first.epoch)
         with pytest.raises(Fenced):
             await log.append(first, numbered(1, 1))
+
+    async def test_the_holder_that_asks_again_for_a_run_of_a_later_attempt_gets_one_above_it(
+        self, log: StreamLog
+    ) -> None:
+        run = new_run()
+        await log.claim(run, "one")
+        assert (await log.claim(replace(run, attempt=4), "one")).attempt == 5
 
     async def test_a_lease_that_ran_out_is_taken_over_where_it_stood(self, world: World) -> None:
         log, run = world.another(lease_seconds=SHORT), new_run()
@@ -393,7 +411,7 @@ class TestRenew:
         held, cancelled, fenced, ended, lost = [new_run() for _ in range(5)]
         leases = [await log.claim(run, "worker") for run in (held, cancelled, fenced, ended, lost)]
         await log.cancel(cancelled.id)
-        await log.claim(fenced, "worker")
+        await log.claim(replace(fenced, attempt=1), "worker")
         await log.append(leases[3], [end(1)])
         await log.forget(lost.id)
         assert await log.renew(leases) == [
@@ -435,7 +453,7 @@ class TestRelease:
     async def test_a_fenced_holder_hands_nothing_over(self, world: World) -> None:
         run = new_run()
         zombie = await world.log.claim(run, "one")
-        await world.log.claim(run, "one")
+        await world.log.claim(replace(run, attempt=1), "one")
         await world.log.release(zombie)
         with pytest.raises(LeaseHeld):
             await world.log.claim(run, "two")

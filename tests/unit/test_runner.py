@@ -41,6 +41,7 @@ class ShakyLog(MemoryStreamLog):
         super().__init__(ttl=3600, lease_seconds=10, clock=clock)
         self.away = False
         self.lose_replies = 0
+        self.lose_claims = 0
         self.tries = 0
 
     def _check(self) -> None:
@@ -62,7 +63,11 @@ class ShakyLog(MemoryStreamLog):
 
     async def claim(self, run: Run, holder: str) -> Lease:
         self._check()
-        return await super().claim(run, holder)
+        lease = await super().claim(run, holder)
+        if self.lose_claims:
+            self.lose_claims -= 1
+            raise LogUnavailable("the reply was lost")
+        return lease
 
     async def renew(self, leases: Sequence[Lease]) -> list[Renewed]:
         self._check()
@@ -550,6 +555,15 @@ async def test_a_kind_that_continues_is_told_what_was_said() -> None:
     await bench.runner.execute(run, "w")
     events = await bench.check_end(run, EventType.DONE)
     assert Transcript.of(events).content == "Old and not 'Old ' again"
+
+
+async def test_a_claim_whose_reply_is_lost_spends_no_attempt() -> None:
+    bench = Bench(saying(content("x")), max_attempts=3)
+    run = await bench.accepted()
+    bench.log.lose_claims = 3
+    await bench.runner.execute(run, "w")
+    events = await bench.check_end(run, EventType.DONE)
+    assert events[0].data == {"state": "running", "attempt": 1}
 
 
 async def test_a_run_whose_attempts_are_spent_fails_without_another() -> None:

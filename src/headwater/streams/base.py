@@ -125,9 +125,9 @@ class StreamLog(ABC):
     async def claim(self, run: Run, holder: str) -> Lease:
         """Take the run under the next attempt: higher than the log's and than `run.attempt`.
 
-        Makes the log, with a new epoch, when there is none. The same holder asking again gets a
-        further attempt. Raises LogClosed when the run has ended, LeaseHeld while somebody holds it
-        (`error.extra["left"]`: milliseconds of the lease).
+        Makes the log, with a new epoch, when there is none. The same holder asking again, because the
+        reply was lost, gets the same attempt while its lease runs. Raises LogClosed when the run has
+        ended, LeaseHeld while somebody else holds it (`error.extra["left"]`: milliseconds of the lease).
         """
 
     @abstractmethod

@@ -36,7 +36,11 @@ if anew then
   epoch, count = ARGV[3], 0
 end
 
-attempt = math.max(attempt, tonumber(ARGV[2])) + 1
+-- The holder itself, whose reply was lost: nobody has worked or died in between, so it is the same attempt.
+local again = left > 0 and not anew and attempt > tonumber(ARGV[2])
+if not again then
+  attempt = math.max(attempt, tonumber(ARGV[2])) + 1
+end
 -- First, because a full server refuses this and, after any other write, nothing more: all or nothing.
 redis.call('HSET', KEYS[1],
   'status', 'running', 'epoch', epoch, 'attempt', attempt, 'holder', ARGV[1], 'lease_until', now + ARGV[8],

@@ -89,7 +89,9 @@ class MemoryStreamLog(StreamLog):
         if left > 0 and log.holder != holder:
             raise LeaseHeld(f"Run {run.id} is held by {log.holder} for {left} ms more.", left=left)
         log.run, log.holder, log.status = run, holder, RunState.RUNNING
-        log.attempt = max(log.attempt, run.attempt) + 1
+        # The holder itself while its lease runs: its reply was lost, and it is the same attempt.
+        if left <= 0 or log.attempt <= run.attempt:
+            log.attempt = max(log.attempt, run.attempt) + 1
         log.updated_at = now
         self._extend(log, now)
         return Lease(run.id, log.attempt, holder, log.epoch, len(log.events), log.cancelled)
