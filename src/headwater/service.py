@@ -63,14 +63,17 @@ class Service:
         if task is None:
             return
         self.draining.set()
-        while not task.done():
-            # Once is enough, unless a library loses it.
-            task.cancel()
-            await asyncio.wait([task], timeout=CANCEL_AGAIN)
-        if not task.cancelled():
-            task.result()
-        self.started.clear()
-        await self.close()
+        try:
+            while not task.done():
+                # Once is enough, unless a library loses it.
+                task.cancel()
+                await asyncio.wait([task], timeout=CANCEL_AGAIN)
+            if not task.cancelled():
+                task.result()
+        finally:
+            # Also when whoever stops it is cancelled: nobody comes again.
+            self.started.clear()
+            await self.close()
 
     async def _supervise(self) -> None:
         backoff = FIRST_BACKOFF

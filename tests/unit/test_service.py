@@ -75,6 +75,29 @@ async def test_services_stop_in_reverse_order_after_all_drained() -> None:
     assert diary == ["a opens", "b opens", "b drains", "a drains", "b closes", "a closes"]
 
 
+async def test_what_it_took_is_given_back_though_its_stop_is_cancelled() -> None:
+    diary: list[str] = []
+    told = asyncio.Event()
+
+    class Slow(Recorder):
+        async def run(self) -> None:
+            try:
+                await super().run()
+            finally:
+                told.set()
+                await asyncio.Event().wait()
+
+    part = Slow("a", diary)
+    await part.start()
+    await part.ran.wait()
+    stopping = asyncio.create_task(part.stop())
+    await told.wait()
+    stopping.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await stopping
+    assert diary == ["a opens", "a closes"]
+
+
 async def test_one_that_cannot_be_closed_keeps_no_other_from_its_end() -> None:
     diary: list[str] = []
 
