@@ -35,7 +35,9 @@ export class Directory {
     const page = await this.#read(null);
     if (page === null) return;
     const fresh = new Set(page.items.map((chat) => chat.id));
-    const kept = page.next === null ? [] : this.items.filter((chat) => !fresh.has(chat.id));
+    const end = Date.parse(page.items.at(-1)?.updated_at); // what is missing before it is no more
+    const further = (chat) => !fresh.has(chat.id) && Date.parse(chat.updated_at) <= end;
+    const kept = page.next === null ? [] : this.items.filter(further);
     if (kept.length === 0) this.next = page.next;
     this.items = newestFirst([...page.items, ...kept]);
     this.#changed();
