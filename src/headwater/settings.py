@@ -108,8 +108,7 @@ class Settings(BaseSettings):
     data_dir: Path = Field(
         default_factory=_default_data_dir,
         alias="HEADWATER_DATA_DIR",
-        description="Where the journal, the embedded servers' data and the artifacts live. "
-        "Default: `~/.local/share/headwater`.",
+        description="Where the journal and the embedded servers' data live. Default: `~/.local/share/headwater`.",
     )
     journal_path: Path | None = Field(
         None,

@@ -61,7 +61,7 @@ async def rename_chat(graph: Parts, caller: Who, chat_id: ChatId, body: Rename) 
     return ChatSummary.of(chat, active.id if active else None)
 
 
-@router.delete("/{chat_id}", status_code=204, responses=problems(404, 422, 503))
+@router.delete("/{chat_id}", status_code=204, responses=problems(404, 422, 503, 507))
 async def delete_chat(graph: Parts, caller: Who, chat_id: ChatId) -> None:
     """Delete a chat with its messages. A run that is answering in it is cancelled first."""
     await graph.intake.delete_chat(caller, chat_id)
