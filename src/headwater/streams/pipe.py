@@ -130,17 +130,15 @@ class Pipe:
                 call.reply.set_result(reply)
 
     async def _trip(self, packed: bytes, count: int) -> list[Any]:
-        backoff = BACKOFF
-        for left in reversed(range(RETRIES + 1)):
+        for number in range(RETRIES):
             try:
                 return await self._exchange(packed, count)
-            except OSError as error:
+            except TimeoutError:
                 # Silence is not tried again: the server is not there.
-                if isinstance(error, TimeoutError) or not left:
-                    raise
-            await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
-            backoff *= 2
-        raise AssertionError("unreachable")
+                raise
+            except OSError:
+                await asyncio.sleep(BACKOFF * 2**number * random.uniform(0.5, 1.0))
+        return await self._exchange(packed, count)
 
     async def _exchange(self, packed: bytes, count: int) -> list[Any]:
         """Send and wait for all replies. A connection that did not give them all is not used again."""
