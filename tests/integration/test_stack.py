@@ -215,9 +215,9 @@ async def test_nothing_outlives_a_killed_supervisor_and_a_second_signal_ends_the
         await second.ready()
         assert orphans & set(second.family()) == set()
         assert len([command for command in second.family().values() if "-m headwater worker" in command]) == 1
-        for part in ("worker", "server"):
-            # They do not listen any more: a polite end would take its full time.
-            os.kill(second.pid_of(part), signal.SIGSTOP)
+        # Nothing listens any more, PostgreSQL's sessions neither: a polite end would take its full time.
+        for pid in set(second.family()) - {second.process.pid}:
+            os.kill(pid, signal.SIGSTOP)
         second.process.send_signal(signal.SIGINT)
         await eventually(lambda: "once more ends it at once" in second.log)
         second.process.send_signal(signal.SIGINT)

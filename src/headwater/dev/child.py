@@ -89,6 +89,17 @@ def command_of(pid: int) -> str:
     return Path(found.stdout.strip()).name
 
 
+def wake(pid: int) -> None:
+    """Let a process go on that was stopped, with those it began: what stands still does not hear that it is to end."""
+    began: list[str] = []
+    # Linux alone has this list, and the process may end meanwhile.
+    with contextlib.suppress(OSError):
+        began = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    for each in (pid, *map(int, began)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(each, signal.SIGCONT)
+
+
 def end_leftover(pid_file: Path, program: str, how: signal.Signals) -> None:
     """End the server that an earlier, killed start left behind in this folder.
 
@@ -100,6 +111,7 @@ def end_leftover(pid_file: Path, program: str, how: signal.Signals) -> None:
         return
     if not alive(pid) or program not in command_of(pid):
         return
+    wake(pid)
     for sign, patience in ((how, 8.0), (signal.SIGKILL, 2.0)):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, sign)
@@ -172,9 +184,8 @@ class Child:
             self._stopping = True
             process = self.process
         if process is not None and process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGCONT)
-                process.send_signal(how)
+            wake(process.pid)
+            process.send_signal(how)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout)
         self.kill()

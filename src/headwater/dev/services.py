@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from headwater.dev.child import STOP_TIMEOUT, Child, ServiceFailed, end_leftover
+from headwater.dev.child import STOP_TIMEOUT, Child, ServiceFailed, end_leftover, wake
 
 __all__ = ["Postgres", "Redis", "ServiceFailed", "free_port"]
 
@@ -68,6 +68,7 @@ class Postgres(Child):
     def kill(self) -> None:
         # SIGQUIT lets the server take its sessions down with it; SIGKILL would leave that to each of them.
         if self.process is not None and self.process.poll() is None:
+            wake(self.process.pid)
             self.process.send_signal(signal.SIGQUIT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(1.0)
