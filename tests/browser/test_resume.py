@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 
 from playwright.async_api import Route, expect
@@ -35,6 +36,25 @@ async def test_an_answer_that_ended_while_nobody_looked_is_there(visitor: Visito
     await visitor.page.goto(address)
     await visitor.reads("Before after.")
     await visitor.finished()
+
+
+async def test_a_chat_whose_server_is_slow_is_shown_as_loading_and_not_as_a_new_one(visitor: Visitor) -> None:
+    await visitor.ask("Slow server " + visitor.script("Here at last."))
+    await visitor.reads("Here at last.")
+    await visitor.finished()
+    go_on = asyncio.Event()
+
+    async def slow(route: Route) -> None:
+        await go_on.wait()
+        await route.continue_()
+
+    # The highlighter as well: its coming draws the page once more.
+    await visitor.page.route(re.compile("/api/|/highlighter"), slow)
+    await visitor.refresh()
+    await expect(visitor.page.locator(".loading")).to_be_visible()
+    await expect(visitor.page.get_by_role("heading", name="What is on your mind?")).to_have_count(0)
+    go_on.set()
+    await visitor.reads("Here at last.")
 
 
 async def test_a_refresh_keeps_what_was_being_written_in_each_chat(visitor: Visitor) -> None:
