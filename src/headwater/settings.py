@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from headwater.errors import SettingsError
+from headwater.errors import SettingsError, reason
 
 #: `memory` is for tests and demonstrations in one process.
 _REDIS_SCHEMES: Final = frozenset({"redis", "rediss", "unix"})
@@ -44,6 +44,7 @@ class Settings(BaseSettings):
         frozen=True,
         populate_by_name=True,
         env_ignore_empty=True,
+        allow_inf_nan=False,
         # A URL may carry a password.
         hide_input_in_errors=True,
     )
@@ -352,3 +353,5 @@ def load_settings(**overrides: Any) -> Settings:
             ": ".join((*map(str, item["loc"]), item["msg"].removeprefix("Value error, "))) for item in error.errors()
         ]
         raise SettingsError("The configuration cannot work:\n  " + "\n  ".join(lines)) from None
+    except (OSError, UnicodeError) as error:
+        raise SettingsError(f"The file {Path('.env').absolute()} cannot be read: {reason(error)}.") from None

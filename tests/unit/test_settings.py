@@ -147,3 +147,16 @@ def test_a_secret_that_comes_with_a_line_break_works(monkeypatch: pytest.MonkeyP
     with pytest.raises(SettingsError) as caught:
         load_settings()
     assert str(caught.value).splitlines()[1].startswith("  HEADWATER_ACCESS_TOKEN: needs 16 characters or more")
+
+
+def test_a_file_of_settings_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(b"OPENAI_MODEL=caf\xe9\n")
+    with pytest.raises(SettingsError, match=f"The file {tmp_path / '.env'} cannot be read: "):
+        load_settings()
+
+
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_seconds_have_an_end(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("HEADWATER_DB_WAIT", value)
+    with pytest.raises(SettingsError, match="HEADWATER_DB_WAIT"):
+        load_settings()
