@@ -905,6 +905,21 @@ async def test_an_sqlite_with_the_lost_commit_fault_is_refused(tmp_path: Path, m
     assert caught.value.code == "journal_sqlite"
 
 
+async def test_a_folder_that_is_gone_is_said_and_heals(case: Case) -> None:
+    folder = case.path.parent
+    away = folder.rename(folder.with_name("away"))
+    # As with a disk that is not mounted any more, not even the name can be looked up.
+    folder.write_text("")
+
+    with pytest.raises(JournalUnavailable, match="Not a directory") as caught:
+        await case.journal.add([said()])
+    assert caught.value.code == "journal_unwritable"
+
+    folder.unlink()
+    away.rename(folder)
+    assert (await case.journal.add([said()])).positions
+
+
 async def test_nothing_is_acknowledged_into_a_file_that_was_moved_away(case: Case) -> None:
     await case.journal.add([said()])
     case.path.rename(case.path.with_name("aside.db"))

@@ -254,6 +254,9 @@ def explain(error: Exception, path: Path) -> Exception:
             return unavailable(f"The journal {path} cannot be written: {error}. Check its mode.", "journal_unwritable")
         case apsw.TooBigError() | UnicodeError() | OverflowError():
             return RecordRefused(f"The journal cannot hold this data: {error}.")
+        case OSError():
+            text = f"The journal {path} cannot be reached: {error.strerror}. Check its folder and the disk."
+            return unavailable(text, "journal_unwritable")
         case apsw.Error():
             return unavailable(f"The journal {path} cannot be used: {error}.", "journal_failed")
     return error
