@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
 import typer
@@ -88,7 +89,7 @@ def _delete_all(settings: Settings, empty_postgres: Callable[[], None], told: st
     postgres_facts(settings.need_database())
 
     async def empty_journal() -> int:
-        async with _Opened(settings) as opened:
+        async with _opened(settings) as opened:
             return await opened.clear()
 
     # The journal first: what waits in it would be brought to the empty PostgreSQL.
@@ -117,7 +118,7 @@ def status(data_dir: DataDir = None) -> None:
     settings = _settings(data_dir)
 
     async def ask() -> None:
-        async with _Opened(settings) as opened:
+        async with _opened(settings) as opened:
             backlog = await opened.backlog()
             aside = await opened.aside(SHOWN)
         age = f", the oldest for {backlog.oldest_ms / 1000:.0f} s" if backlog.oldest_ms is not None else ""
@@ -158,7 +159,7 @@ def _sync(settings: Settings, *, retry: bool) -> None:
         telemetry = Telemetry()
         store = Store(url, pool_size=1, wait=10.0, clock=SystemClock())
         try:
-            async with _Opened(settings) as opened:
+            async with _opened(settings) as opened:
                 syncer = Syncer(opened, store, telemetry=telemetry, clock=SystemClock())
                 if retry:
                     await opened.put_back()
@@ -183,7 +184,7 @@ def salvage(yes: Yes = False, data_dir: DataDir = None) -> None:
         from headwater.errors import JournalDamaged
 
         try:
-            async with _Opened(settings):
+            async with _opened(settings):
                 return True
         except JournalDamaged as error:
             typer.echo(str(error))
@@ -205,32 +206,26 @@ def salvage(yes: Yes = False, data_dir: DataDir = None) -> None:
         typer.echo(f"Left out, as they are not whole: the records at {', '.join(map(str, done.broken))}.")
 
 
-class _Opened:
-    """The journal, opened for the length of a block."""
+@asynccontextmanager
+async def _opened(settings: Settings) -> AsyncIterator[Journal]:
+    """The journal, for the length of a block. Raises SettingsError when there is none."""
+    from headwater.clock import SystemClock
+    from headwater.journal import Journal
+    from headwater.telemetry import Telemetry
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._journal: Journal | None = None
-
-    async def __aenter__(self) -> Journal:
-        from headwater.clock import SystemClock
-        from headwater.journal import Journal
-        from headwater.telemetry import Telemetry
-
-        path = self._settings.journal_file
-        if not path.exists():
-            # Opening would make it, perhaps in the wrong place and owned by the wrong user.
-            raise SettingsError(
-                f"There is no journal {path}: nothing was accepted there yet, or it is elsewhere. "
-                "Name its data folder: --data-dir or HEADWATER_DATA_DIR."
-            )
-        self._journal = Journal(path, clock=SystemClock(), telemetry=Telemetry())
-        await self._journal.open()
-        return self._journal
-
-    async def __aexit__(self, *_: object) -> None:
-        if self._journal is not None:
-            await self._journal.close()
+    path = settings.journal_file
+    if not path.exists():
+        # Opening would make it, perhaps in the wrong place and owned by the wrong user.
+        raise SettingsError(
+            f"There is no journal {path}: nothing was accepted there yet, or it is elsewhere. "
+            "Name its data folder: --data-dir or HEADWATER_DATA_DIR."
+        )
+    journal = Journal(path, clock=SystemClock(), telemetry=Telemetry())
+    await journal.open()
+    try:
+        yield journal
+    finally:
+        await journal.close()
 
 
 def _settings(data_dir: DataDir) -> Settings:
