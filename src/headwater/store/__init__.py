@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Final
+from typing import Final
 
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from headwater.clock import Clock
 from headwater.records import Record
@@ -42,7 +41,7 @@ class Store:
 
     async def ping(self) -> None:
         """Whether PostgreSQL answers."""
-        await self._database.run(lambda connection: _ping(connection))
+        await self._database.rows(_PING)
 
     async def close(self) -> None:
         await self._database.close()
@@ -62,7 +61,3 @@ class Store:
         `key` is an Idempotency-Key to look up as well. Raises NotFound.
         """
         return turn(self._database, owner_id, chat_id, key)
-
-
-async def _ping(connection: AsyncConnection) -> Any:
-    return await connection.execute(_PING)

@@ -11,7 +11,6 @@ from datetime import datetime
 from typing import Any, Final
 
 from sqlalchemy import Row, and_, bindparam, delete, func, or_, select, update
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from headwater.clock import to_datetime, to_ms
 from headwater.errors import BadCursor, NotFound
@@ -77,7 +76,7 @@ class Chats:
             statement = statement.where(chats.c.title.icontains(query, autoescape=True))
         # One more than asked for tells whether a further page exists.
         statement = statement.order_by(chats.c.updated_at.desc(), chats.c.id.desc()).limit(limit + 1)
-        rows = await self._database.run(lambda connection: _all(connection, statement))
+        rows = await self._database.rows(statement)
         found = [_chat(row) for row in rows[:limit]]
         return found, _token(rows[limit - 1]) if len(rows) > limit else None
 
@@ -86,7 +85,7 @@ class Chats:
         if not is_id(chat_id):
             raise _not_found()
         statement = select(chats).where(_is(owner_id, chat_id))
-        rows = await self._database.run(lambda connection: _all(connection, statement))
+        rows = await self._database.rows(statement)
         if not rows:
             raise _not_found()
         return _chat(rows[0])
@@ -94,12 +93,12 @@ class Chats:
     async def exists(self, chat_id: str) -> bool:
         """Whether there is or was such a chat, whoever owns it: one that was deleted left its tombstone."""
         statement = select(chats.c.id).where(chats.c.id == chat_id)
-        return bool(await self._database.run(lambda connection: _all(connection, statement)))
+        return bool(await self._database.rows(statement))
 
     async def deleted(self, owner_id: str, chat_id: str) -> bool:
         """Whether the owner had such a chat and deleted it."""
         statement = select(chats.c.id).where(_was(owner_id, chat_id))
-        return bool(await self._database.run(lambda connection: _all(connection, statement)))
+        return bool(await self._database.rows(statement))
 
     async def rename(self, owner_id: str, chat_id: str, title: str, at: int) -> Chat:
         """Give a chat a title, which from then on no record replaces. `at` in Unix ms. Raises NotFound."""
@@ -115,7 +114,7 @@ class Chats:
             )
             .returning(chats)
         )
-        rows = await self._database.run(lambda connection: _all(connection, statement))
+        rows = await self._database.rows(statement)
         if not rows:
             raise _not_found()
         return _chat(rows[0])
@@ -142,9 +141,7 @@ class Chats:
         """All messages of a chat, oldest first; none when the chat is not the owner's or was deleted."""
         if not is_id(chat_id):
             return []
-        rows = await self._database.run(
-            lambda connection: _all(connection, _MESSAGES, owner_id=owner_id, chat_id=chat_id)
-        )
+        rows = await self._database.rows(_MESSAGES, owner_id=owner_id, chat_id=chat_id)
         return [_message(row) for row in rows]
 
     async def message(self, message_id: str) -> Message | None:
@@ -152,7 +149,7 @@ class Chats:
         if not is_id(message_id):
             return None
         statement = select(messages).where(messages.c.id == message_id)
-        rows = await self._database.run(lambda connection: _all(connection, statement))
+        rows = await self._database.rows(statement)
         return _message(rows[0]) if rows else None
 
 
@@ -206,10 +203,6 @@ async def turn(database: Database, owner_id: str, chat_id: str, key: str | None)
             [run_of(row) for row in active],
             known[0] if known else None,
         )
-
-
-async def _all(connection: AsyncConnection, statement: Any, **values: Any) -> Sequence[Row[Any]]:
-    return (await connection.execute(statement, values)).all()
 
 
 def _not_found() -> NotFound:

@@ -17,7 +17,7 @@ import math
 import os
 import select
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Self, TypeVar
@@ -26,7 +26,7 @@ import psycopg
 from psycopg.adapt import AdaptersMap
 from psycopg.rows import namedtuple_row
 from psycopg.types.string import TextLoader
-from sqlalchemy import Executable
+from sqlalchemy import Executable, Row
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
@@ -170,14 +170,14 @@ class Database:
         """Close all connections. One that is in use is closed when it is given back."""
         await self.limited(self._engine.dispose())
 
-    async def run(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-        """A look-up, or another single statement, within the time limit. Raises StoreUnavailable or RecordRefused."""
+    async def rows(self, statement: Executable, **values: Any) -> Sequence[Row[Any]]:
+        """Execute a single statement within the time limit; its rows. Raises StoreUnavailable or RecordRefused."""
         with self._explained():
             async with asyncio.timeout(self.wait), self._lent() as connection:
-                return await work(connection)
+                return (await connection.execute(statement, values)).all()
 
     async def fly(self, *statements: Statement) -> list[list[Any]]:
-        """One transaction in one round trip. Returns the rows of each statement. Raises as `run`."""
+        """One transaction in one round trip. Returns the rows of each statement. Raises as `rows`."""
         async with self.transaction() as transaction:
             return await transaction.fly(*statements, commit=True)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Final
 
 from sqlalchemy import Row, Select, bindparam, func, select, text
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from headwater.clock import to_ms
 from headwater.ids import is_id
@@ -62,12 +60,7 @@ class Runs:
         return found[0] if found else None
 
     async def _many(self, statement: Select[Any], **values: Any) -> list[Run]:
-        ordered = statement.order_by(None).order_by(*_ORDER)
-        return await self._database.run(lambda connection: _fetch(connection, ordered, values))
-
-
-async def _fetch(connection: AsyncConnection, statement: Select[Any], values: Mapping[str, Any]) -> list[Run]:
-    return [run_of(row) for row in (await connection.execute(statement, values)).all()]
+        return [run_of(row) for row in await self._database.rows(statement.order_by(None).order_by(*_ORDER), **values)]
 
 
 def run_of(row: Row[Any]) -> Run:
