@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { beforeEach, test } from "node:test";
 import { App } from "../../src/headwater/web/models/app.js";
 import { keepOutbox, outbox } from "../../src/headwater/web/models/storage.js";
-import { eventually } from "./support.js";
+import { eventually, frame, log } from "./support.js";
 
 const CHAT = "0198c0de-7abc-7def-8123-456789abcdef";
 const TAKEN = { task_id: "run", message_id: "a", user_message_id: "q", chat_id: CHAT };
@@ -23,6 +23,8 @@ let degraded = false;
 let lists = 0;
 /** What a stream is answered. @type {() => Response | Promise<Response>} */
 let streams;
+/** The chat as it is stored; null for one that is not there. @type {object | null} */
+let stored;
 
 const json = (status, body) => new Response(JSON.stringify(body), { status });
 const away = () => {
@@ -39,6 +41,7 @@ function answer(path, options) {
     lists += 1;
     return json(200, { items: [], next: null, degraded });
   }
+  if (path === `/api/chats/${CHAT}` && stored) return json(200, stored);
   if (method !== "POST") return json(404, { detail: "There is nothing of that id." });
   keys.push(headers["Idempotency-Key"]);
   return (answers.length > 1 ? answers.shift() : answers[0])(options);
@@ -47,6 +50,7 @@ function answer(path, options) {
 beforeEach(() => {
   [answers, keys, places, lists, degraded] = [[], [], [], 0, false];
   streams = () => new Promise(() => {});
+  stored = null;
   const wait = globalThis.setTimeout;
   Object.assign(globalThis, {
     sessionStorage: new Storage(),
@@ -211,4 +215,17 @@ test("a page that a network puts in the server's place is not taken for its answ
   answers = [() => new Response("<html>Sign in to this network</html>", { status: 200 }), () => json(202, TAKEN)];
   await app.send("Why?", null);
   assert.deepEqual(shown(app), ["done Why?", "processing "]);
+});
+
+test("an answer that ended before its chat was opened is shown ended though its row lags behind", async (t) => {
+  const app = page(t);
+  app.current = null;
+  const messages = [{ id: "a", role: "assistant", content: "", parent_id: null, status: "processing", run_id: "run" }];
+  stored = { id: CHAT, updated_at: "2026-01-01T00:00:00Z", active_task_id: "run", degraded: false, messages };
+  streams = () => new Response(log(["So", "."]).map((event) => frame(event)).join(""));
+  app.chats.onItems([stored]);
+  await eventually(() => app.running === 0);
+  app.current = CHAT;
+  await app.load(CHAT);
+  assert.deepEqual(shown(app), ["done So."]);
 });

@@ -179,6 +179,10 @@ export class App {
       const chat = await persistently("GET", `/api/chats/${chatId}`);
       if (thread.edits !== edits[0]) return this.load(chatId);
       thread.merge(chat.messages);
+      for (const { run_id } of chat.messages) {
+        const state = this.fleet.state(run_id); // it may have ended before the chat was opened, and its row lag behind
+        if (state?.end) thread.ended(run_id, state);
+      }
       thread.degraded = chat.degraded;
       if (this.chats.edits === edits[1]) this.chats.put(chat);
       this.#noticed(chat);
