@@ -355,6 +355,28 @@ class TestForeign:
         assert await world.log.cancel(spoiled.id) is None
         assert f"metadata of run {spoiled.id} cannot be read" in caplog.text
 
+    async def test_an_attempt_that_cannot_be_read_is_written_again_and_others_keep_their_leases(
+        self, world: RedisWorld
+    ) -> None:
+        spoiled, other = new_run(), new_run()
+        leases = [await world.log.claim(run, "worker") for run in (spoiled, other)]
+        await world.log.append(leases[0], numbered(1, 2))
+        await world.raw.hset(f"stream:{{{spoiled.id}}}:metadata", "attempt", "what?")
+        assert await world.log.renew(leases) == [Renewed.LOST, Renewed.HELD]
+        with pytest.raises(LogLost):
+            await world.log.append(leases[0], numbered(3, 3))
+        await world.log.restore(leases[0], spoiled, numbered(1, 3))
+        assert await world.log.renew(leases) == [Renewed.HELD, Renewed.HELD]
+        assert await world.events(spoiled.id) == numbered(1, 3)
+
+    @pytest.mark.parametrize("field", ["attempt", "chunk_count", "lease_until"])
+    async def test_a_run_of_which_a_field_cannot_be_read_can_be_claimed(self, world: RedisWorld, field: str) -> None:
+        run = new_run()
+        await world.log.release(await world.written(run, 2))
+        await world.raw.hset(f"stream:{{{run.id}}}:metadata", field, "what?")
+        lease = await world.log.claim(run, "another")
+        assert (await world.log.append(lease, numbered(lease.length + 1, lease.length + 1))).count == lease.length + 1
+
     @pytest.mark.parametrize("key", ["metadata", "chunks"])
     async def test_its_holder_writes_it_again_and_others_notice_nothing(self, world: RedisWorld, key: str) -> None:
         run, other = new_run(), new_run()

@@ -12,7 +12,7 @@
 local BEFORE = 9
 local n = #ARGV - BEFORE
 local known = redis.call('HMGET', KEYS[1], 'epoch', 'attempt', 'holder', 'status', 'cancel', 'packed', 'chunk_count')
-local epoch, attempt, holder, status = known[1], tonumber(known[2]), known[3], known[4]
+local epoch, attempt, holder, status = known[1], tonumber(known[2]) or 0, known[3], known[4]
 local mine = tonumber(ARGV[3])
 
 if not epoch or attempt < mine then

@@ -31,7 +31,7 @@ local server = type(info) == 'string' and string.match(info, 'run_id:(%x+)') or 
 local restarted = known[8] and known[8] ~= server
 local count = redis.call('LLEN', KEYS[2])
 -- `chunk_count` may lag behind, but a list that is shorter has lost events.
-local anew = not epoch or restarted or not known[7] or count < tonumber(known[7])
+local anew = not epoch or restarted or count < (tonumber(known[7]) or math.huge)
 if anew then
   epoch, count = ARGV[3], 0
 end

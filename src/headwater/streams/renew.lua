@@ -8,7 +8,7 @@
 -- Returns `held`, `cancelled`, `fenced` or `lost`.
 
 local known = redis.call('HMGET', KEYS[1], 'epoch', 'attempt', 'holder', 'status', 'cancel', 'chunk_count')
-local epoch, attempt, holder, status = known[1], tonumber(known[2]), known[3], known[4]
+local epoch, attempt, holder, status = known[1], tonumber(known[2]) or 0, known[3], known[4]
 local mine = tonumber(ARGV[2])
 
 if not epoch or attempt < mine then
