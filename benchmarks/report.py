@@ -81,7 +81,7 @@ def machine(steal: float) -> dict[str, Any]:
     guided = "with" if "--enable-optimizations" in built else "without"
     return {
         "cores": os.cpu_count(),
-        "python": f"{platform.python_version()} built {guided} profile-guided optimization",
+        "python": f"{platform.python_version()}, configured {guided} --enable-optimizations",
         "system": platform.platform(terse=True),
         "steal": round(steal, 4),
     }
